@@ -1,0 +1,161 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Readiness: epoll sets that hold upgraded connections, and the bells through
+ * which peers wake this process (see struct km_wire_bell).
+ *
+ * An epoll set stays the kernel's.  A registration of an upgraded connection
+ * carries a cookie of the library's in the kernel (the high half is km_proc.magic)
+ * and tells only of the kernel side: FIN, reset, bytes before a cut-over.  What
+ * the rings have is found in user space, through the set's ready list.
+ */
+#ifndef KM_EVENT_H
+#define KM_EVENT_H
+
+#include "fd/file.h"
+
+/* One descriptor of a tracked socket in one epoll set.  Under the set's lock. */
+struct km_reg {
+	struct km_set *set;
+	struct km_file *file;
+	int fd;
+	uint32_t index;	 /* in the slab, and in cookies */
+	uint32_t events; /* as the program asked */
+	epoll_data_t data;
+	bool active;   /* the program has it registered */
+	bool ours;     /* the kernel's registration carries our cookie */
+	bool disarmed; /* EPOLLONESHOT has fired */
+	bool listed;   /* in the ready list */
+	bool fresh;    /* something happened since it was last reported */
+	struct km_reg *ready_next, *ready_prev;
+	struct km_reg *next;	 /* of the file; never unlinked while the file lives */
+	struct km_reg *set_next; /* of the set; or of the free list */
+	uint64_t seen_w;	 /* for files other processes use too: what was reported */
+	bool want_space;	 /* not writable when last looked at */
+};
+
+#define KM_SET_BELLS 16
+
+struct km_set {
+	km_a32 lock;
+	int epfd;
+	uint32_t fds;	/* descriptors, under table_lock */
+	km_a32 rings;	/* registrations that are ours */
+	km_a32 waiters; /* threads inside the kernel's epoll_wait, not armed */
+	km_a32 sleepers; /* threads asleep in it, armed */
+	uint32_t turns;	/* turns since the kernel was last asked */
+	bool scan;	/* some file's news may be taken by another process */
+	struct km_reg *regs;
+	struct km_reg *ready, *ready_tail;
+	km_a32 bells;
+	struct km_bell *bell[KM_SET_BELLS]; /* it listens to; its own come first */
+	struct km_set *next_free;
+};
+
+struct km_bell {
+	struct km_wire_bell *wire;
+	int memfd, efd;
+	uint32_t uid; /* of the peers */
+	uint32_t index;
+	struct km_set *set; /* NULL: the process's own, for all other waits */
+	bool inherited;	    /* made by a parent: takes no new connections */
+	km_a32 lock;
+	uint32_t used;	     /* slots ever used */
+	uint32_t free_slots; /* how many of those are free */
+	struct km_file **slot;
+};
+
+struct km_peer_bell {
+	struct km_wire_bell *wire;
+	int efd;
+	uint32_t uid, refs;
+	uint64_t dev, ino; /* of the memfd: its true identity */
+	km_a32 rung;	   /* the sleep it was last rung for */
+	struct km_peer_bell *next;
+};
+
+/* A bell for peers of that uid, and a slot for f in it; made if need be.
+ * 0, -ENOSPC, or the error of memfd_create, eventfd or mmap.  link_lock held. */
+int km_bell_take(struct km_file *f, uint32_t uid);
+void km_bell_drop(struct km_file *f);
+/* Counts a sleeper in or out. */
+void km_bell_arm(struct km_bell *bell);
+void km_bell_disarm(struct km_bell *bell);
+/* Passes the news of a bell on to the registrations it is for. */
+void km_bell_drain(struct km_bell *bell);
+/* Wakes everybody who sleeps on it in this process. */
+void km_bell_kick(struct km_bell *bell);
+void km_bell_fork_child(void);
+/* Gives a hidden descriptor of a bell another number. */
+void km_bell_move(int fd);
+/* Makes set hear bell; set.lock held.  0, -ENOSPC or an error of epoll_ctl. */
+int km_set_hear(struct km_set *set, struct km_bell *bell);
+/* The set is gone; its bells serve no new connection. */
+void km_bell_forget_set(struct km_set *set);
+
+/* Takes over both descriptors, whatever the result.  -EPROTO, or mmap's. */
+int km_peer_bell_take(struct km_file *f, int memfd, int efd, uint32_t uid,
+		      uint32_t slot);
+void km_peer_bell_drop(struct km_file *f);
+
+/* Says that f's peer has news for the slot, and wakes it if it sleeps.  The
+ * caller has published and passed a full fence. */
+KM_INLINE void km_peer_bell_tell(const struct km_file *f);
+void km_peer_bell_ring(struct km_peer_bell *pb, uint32_t seq);
+
+KM_INLINE void km_peer_bell_tell(const struct km_file *f)
+{
+	struct km_peer_bell *pb = f->peer;
+	uint32_t word = f->peer_slot / 64;
+	uint64_t bit = 1ULL << (f->peer_slot % 64), bits, sleep;
+
+	/* A bit that is set already was not yet taken: its taker will look at the
+	 * ring after it takes the bit. */
+	bits = km_load_seq(&pb->wire->news[word]);
+	if (!(bits & bit)) {
+		km_or_seq(&pb->wire->news[word], bit);
+		km_or_seq(&pb->wire->summary[word / 64], 1ULL << (word % 64));
+	}
+	sleep = km_load_seq(&pb->wire->sleep);
+	if ((uint32_t)sleep)
+		km_peer_bell_ring(pb, (uint32_t)(sleep >> 32));
+}
+
+/* poll bits of f now: what the rings have, and what the kernel is known to have.
+ * asks for space notification when EPOLLOUT is wanted and there is none. */
+uint32_t km_file_level(struct km_file *f, uint32_t wanted);
+
+/* Something happened on f: its registrations are to be looked at again. */
+void km_event_news(struct km_file *f);
+/* f has become a channel: its registrations become ours.  0 or an error, after
+ * which nothing has changed.  link_lock held. */
+int km_event_attach(struct km_file *f);
+/* f is closed: drops its registrations. */
+void km_event_detach(struct km_file *f);
+/* One descriptor of the set is gone. */
+void km_set_free(struct km_set *set);
+/* The set is about to sleep in the kernel without its bells armed; false when it
+ * holds upgraded connections, and must not. */
+bool km_set_wait_begin(struct km_set *set);
+void km_set_wait_end(struct km_set *set);
+/* Takes the library's own events out of evs; the number left. */
+int km_set_translate(struct km_set *set, struct epoll_event *evs, int n);
+void km_event_fork_child(void);
+
+/* epoll_ctl and epoll_pwait for a descriptor that is or may become ours.
+ * Results like the kernel's, errors negative. */
+int km_epoll_ctl(int epfd, int op, int fd, struct epoll_event *ev);
+int km_epoll_wait(struct km_set *set, int epfd, struct epoll_event *evs, int max,
+		  int64_t timeout_ns, const sigset_t *mask);
+
+/* ppoll over descriptors some of which are upgraded. */
+int km_poll(struct pollfd *fds, nfds_t n, int64_t timeout_ns, const sigset_t *mask);
+
+/* The calling thread's hidden epoll set, listening to bell; or a negative errno
+ * value.  It becomes readable whenever the bell rings. */
+int km_thread_listen(struct km_bell *bell);
+/* Has the hidden set closed when the calling thread ends. */
+void km_thread_cleanup(void);
+/* Takes the edges out of it. */
+void km_thread_listened(void);
+
+#endif

@@ -1,0 +1,369 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Readiness of one connection, and poll(2) over some of them. */
+#include <errno.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "event/event.h"
+#include "link/link.h"
+#include "sock/stream.h"
+
+#define GONE_BITS (POLLRDHUP | POLLHUP | POLLERR)
+#define KEPT_BITS (POLLIN | POLLOUT | POLLRDNORM | POLLWRNORM)
+
+/* A ring is writable while at least this fraction of it is free. */
+#define WRITABLE_FRACTION 4
+
+static bool ring_writable(const struct km_conn *conn)
+{
+	const struct km_producer *tx = &conn->tx;
+	uint32_t most = tx->geo.size[tx->geo.levels - 1];
+	uint64_t used = __atomic_load_n(&tx->w, __ATOMIC_RELAXED) -
+			km_load_sync(SEE_SPACE, &tx->wire->rpos);
+
+	return used <= most - most / WRITABLE_FRACTION;
+}
+
+/* No lock is held: another thread may move either position meanwhile, which makes
+ * the answer as old as any answer of poll. */
+uint32_t km_file_level(struct km_file *f, uint32_t wanted)
+{
+	struct km_conn *conn = f->conn;
+	const struct km_wire_ring *in;
+	uint32_t bits = 0, kernel = 0, pflags, rx, tx;
+	bool ask;
+
+	if (!conn)
+		return POLLHUP | POLLERR;
+	in = conn->rx.wire;
+	rx = conn->rx_phase;
+	tx = conn->tx_phase;
+	pflags = km_load_sync(FLAGS_SEE, &in->pflags);
+	/* Read the own position first: the other one never falls behind it. */
+	uint64_t r = __atomic_load_n(&conn->rx.r, __ATOMIC_RELAXED);
+	uint64_t waiting = km_load_sync(OBSERVE, &in->wpos) - r;
+
+	ask = km_load_relaxed(&conn->kernel_bits) || rx != KM_PHASE_RING ||
+	      tx != KM_PHASE_RING ||
+	      (waiting == 0 && (pflags & (KM_P_FIN | KM_P_CLOSED | KM_P_END)));
+	if (km_unlikely(ask || conn->idle_reads >= UINT32_MAX / 4)) {
+		struct pollfd pfd = {.fd = f->keep_fd >= 0 ? f->keep_fd : f->fd,
+				     .events = KEPT_BITS | POLLRDHUP | POLLPRI};
+		struct timespec now = {0, 0};
+
+		if (km_sys_poll(&pfd, 1, &now) > 0)
+			kernel = (uint32_t)pfd.revents;
+		if (kernel & GONE_BITS)
+			km_or_seq(&conn->kernel_bits, kernel & GONE_BITS);
+		bits |= kernel & (GONE_BITS | POLLPRI);
+	}
+	/* An end of file or error shows as readable, on the kernel as here. */
+	if (kernel & POLLIN)
+		bits |= POLLIN | POLLRDNORM;
+	if ((rx == KM_PHASE_RING || rx == KM_PHASE_DRAIN || (pflags & KM_P_CUT)) &&
+	    waiting >= (uint64_t)KM_MAX(conn->lowat, 1))
+		bits |= POLLIN | POLLRDNORM;
+	if (km_load_relaxed(&conn->flags) & (KM_CONN_RD_SHUT | KM_CONN_RESET))
+		bits |= POLLIN | POLLRDNORM;
+	if (km_load_relaxed(&conn->flags) & KM_CONN_RESET)
+		bits |= POLLERR | POLLHUP;
+	if (tx != KM_PHASE_RING || km_load_relaxed(&conn->kernel_bits)) {
+		bits |= kernel & (POLLOUT | POLLWRNORM);
+	} else if (ring_writable(conn)) {
+		bits |= POLLOUT | POLLWRNORM;
+	} else if (wanted & (POLLOUT | POLLWRNORM)) {
+		km_or_seq(&conn->tx.wire->prod_wait, KM_WAIT_EVENT);
+		km_fence_seq();
+		if (ring_writable(conn))
+			bits |= POLLOUT | POLLWRNORM;
+	}
+	return bits;
+}
+
+/* -- the thread's hidden epoll set ---------------------------------------------- */
+
+int km_thread_listen(struct km_bell *bell)
+{
+	struct km_thread *t = &km_thread;
+	struct epoll_event ev = {.events = EPOLLIN | EPOLLET};
+	int err;
+
+	for (uint32_t i = 0; i < t->bells; i++)
+		if (t->bell[i] == bell)
+			return t->epfd;
+	if (t->epfd < 0) {
+		t->epfd = km_fd_hide(km_sys_epoll_create(EPOLL_CLOEXEC));
+		if (t->epfd < 0) {
+			err = t->epfd;
+			t->epfd = -1;
+			return err;
+		}
+		km_thread_cleanup();
+	}
+	if (t->bells == KM_COUNT(t->bell)) {
+		/* Start anew rather than grow: few threads ever get here. */
+		km_fd_unhide(t->epfd);
+		t->epfd = -1;
+		t->bells = 0;
+		return km_thread_listen(bell);
+	}
+	err = km_sys_epoll_ctl(t->epfd, EPOLL_CTL_ADD, bell->efd, &ev);
+	if (err < 0 && err != -EEXIST)
+		return err;
+	t->bell[t->bells++] = bell;
+	return t->epfd;
+}
+
+void km_thread_listened(void)
+{
+	struct epoll_event evs[16];
+
+	if (km_thread.epfd >= 0)
+		km_sys_epoll_wait(km_thread.epfd, evs, KM_COUNT(evs), 0);
+}
+
+/* -- poll ------------------------------------------------------------------------- */
+
+struct poll_call {
+	struct pollfd *fds;   /* the program's */
+	struct pollfd *asked; /* for the kernel: n, and one for the bells */
+	struct km_file **file; /* of each, or NULL */
+	nfds_t n;
+	struct km_bell *bells[16];
+	uint32_t nbells;
+	bool many_bells; /* more than fit: look again often */
+};
+
+static void remember_bell(struct poll_call *c, struct km_bell *bell)
+{
+	for (uint32_t i = 0; i < c->nbells; i++)
+		if (c->bells[i] == bell)
+			return;
+	if (!bell || c->nbells == KM_COUNT(c->bells)) {
+		c->many_bells = true;
+		return;
+	}
+	c->bells[c->nbells++] = bell;
+}
+
+/* Finds the upgraded ones and holds them.  Their number. */
+static nfds_t poll_begin(struct poll_call *c)
+{
+	nfds_t channels = 0;
+
+	for (nfds_t i = 0; i < c->n; i++) {
+		struct km_file *f = km_file_of(c->fds[i].fd);
+
+		c->asked[i] = c->fds[i];
+		c->file[i] = NULL;
+		if (!f || km_load_acquire(&f->mode) != KM_MODE_CHANNEL)
+			continue;
+		km_file_hold(f);
+		/* Either a close sees the hold, or this sees the close. */
+		if (km_file_of(c->fds[i].fd) != f ||
+		    km_load_seq(&f->mode) != KM_MODE_CHANNEL) {
+			km_file_release(f);
+			continue;
+		}
+		if (km_unlikely(f->link_state == KM_LINK_HELLO))
+			km_link_advance(f, c->fds[i].fd);
+		c->file[i] = f;
+		remember_bell(c, f->bell);
+		channels++;
+	}
+	return channels;
+}
+
+static void poll_end(struct poll_call *c)
+{
+	for (nfds_t i = 0; i < c->n; i++)
+		if (c->file[i])
+			km_file_release(c->file[i]);
+}
+
+/* Fills revents of the upgraded ones from user space; how many are ready.  Sets up
+ * what the kernel is to be asked of them. */
+static int poll_levels(struct poll_call *c)
+{
+	int ready = 0;
+
+	for (nfds_t i = 0; i < c->n; i++) {
+		struct km_file *f = c->file[i];
+		uint32_t bits, wanted;
+		struct km_conn *conn;
+
+		if (!f)
+			continue;
+		wanted = (uint32_t)(uint16_t)c->fds[i].events | POLLERR | POLLHUP;
+		bits = km_file_level(f, wanted) & wanted;
+		c->fds[i].revents = (short)bits;
+		ready += bits != 0;
+		conn = f->conn;
+		/* While a direction is on a ring, what the kernel has to say of it is
+		 * that the connection has ended; while it is not, everything. */
+		c->asked[i].fd = f->keep_fd >= 0 ? f->keep_fd : c->fds[i].fd;
+		c->asked[i].events = 0;
+		if (!conn)
+			continue;
+		if (conn->rx_phase != KM_PHASE_RING || conn->tx_phase != KM_PHASE_RING)
+			c->asked[i].events = c->fds[i].events;
+		if (conn->tx_phase == KM_PHASE_RING)
+			c->asked[i].events &= (short)~(POLLOUT | POLLWRNORM);
+		if (conn->rx_phase == KM_PHASE_RING &&
+		    !km_load_relaxed(&conn->kernel_bits))
+			c->asked[i].events |= POLLRDHUP;
+		if (conn->rx_phase == KM_PHASE_KERNEL)
+			c->asked[i].events |= POLLIN & c->fds[i].events;
+	}
+	return ready;
+}
+
+/* What the kernel said of upgraded sockets is news to look at; of the others it is
+ * the answer.  How many of the others are ready. */
+static int poll_answers(struct poll_call *c)
+{
+	int ready = 0;
+
+	for (nfds_t i = 0; i < c->n; i++) {
+		if (!c->file[i]) {
+			c->fds[i].revents = c->asked[i].revents;
+			ready += c->fds[i].revents != 0;
+		} else if (c->asked[i].revents & GONE_BITS) {
+			if (c->file[i]->conn)
+				km_or_seq(&c->file[i]->conn->kernel_bits,
+					  (uint32_t)c->asked[i].revents & GONE_BITS);
+		}
+		c->asked[i].revents = 0;
+	}
+	return ready;
+}
+
+static int poll_kernel(struct poll_call *c, bool bells, int64_t left,
+		       const sigset_t *mask)
+{
+	struct timespec ts = {left / 1000000000, left % 1000000000};
+	nfds_t n = c->n;
+	int err;
+
+	if (bells) {
+		c->asked[n].fd = km_thread.epfd;
+		c->asked[n].events = POLLIN;
+		c->asked[n].revents = 0;
+		n++;
+	}
+	err = (int)KM_SYS(ppoll, c->asked, n, left == INT64_MAX ? NULL : &ts, mask,
+			  KM_SIGSET_SIZE, 0);
+	if (bells && err > 0 && c->asked[c->n].revents)
+		km_thread_listened();
+	return err;
+}
+
+static int poll_loop(struct poll_call *c, int64_t timeout_ns, const sigset_t *mask,
+		     bool others)
+{
+	int64_t deadline = timeout_ns > 0 ? km_now_ns() + timeout_ns : timeout_ns;
+
+	for (;;) {
+		int64_t left = INT64_MAX;
+		bool listening = true;
+		int ready = poll_levels(c), err = 0;
+
+		if (ready || timeout_ns == 0) {
+			if (others || ready == 0) {
+				err = poll_kernel(c, false, 0, ready ? NULL : mask);
+				if (err < 0 && !ready)
+					return err;
+				ready = poll_answers(c);
+				ready += poll_levels(c);
+			}
+			return ready;
+		}
+		if (deadline > 0)
+			left = KM_MAX(deadline - km_now_ns(), 0);
+		for (uint32_t i = 0; i < c->nbells; i++) {
+			listening &= km_thread_listen(c->bells[i]) >= 0;
+			km_bell_arm(c->bells[i]);
+		}
+		if (!listening || c->many_bells)
+			left = KM_MIN(left, 1000000);
+		if (poll_levels(c) == 0)
+			err = poll_kernel(c, listening && c->nbells, left, mask);
+		for (uint32_t i = 0; i < c->nbells; i++)
+			km_bell_disarm(c->bells[i]);
+		if (err < 0)
+			return err;
+		ready = poll_answers(c);
+		ready += poll_levels(c);
+		if (ready)
+			return ready;
+		if (deadline > 0 && km_now_ns() >= deadline)
+			return 0;
+	}
+}
+
+/* Plain sockets must not be upgraded while a thread sleeps on them here. */
+static void mark_plain(struct poll_call *c, int sign)
+{
+	for (nfds_t i = 0; i < c->n; i++) {
+		struct km_file *f = sign > 0 ? km_file_of(c->fds[i].fd) : c->file[i];
+
+		if (sign > 0)
+			c->file[i] = f;
+		if (f)
+			km_add_seq(&f->busy, (uint32_t)sign);
+	}
+}
+
+static bool any_channel(const struct poll_call *c)
+{
+	for (nfds_t i = 0; i < c->n; i++)
+		if (c->file[i] && km_load_seq(&c->file[i]->mode) >= KM_MODE_SWITCHING &&
+		    km_load_seq(&c->file[i]->mode) != KM_MODE_PINNED)
+			return true;
+	return false;
+}
+
+#define ON_STACK 64
+
+int km_poll(struct pollfd *fds, nfds_t n, int64_t timeout_ns, const sigset_t *mask)
+{
+	struct pollfd asked[ON_STACK + 1];
+	struct km_file *file[ON_STACK];
+	struct poll_call c = {.fds = fds, .asked = asked, .file = file, .n = n};
+	nfds_t channels;
+	int result;
+
+	if (n > ON_STACK) {
+		c.asked = malloc((n + 1) * sizeof(*c.asked) + n * sizeof(*c.file));
+		if (!c.asked)
+			return -ENOMEM;
+		c.file = (struct km_file **)(void *)(c.asked + n + 1);
+	}
+	for (;;) {
+		mark_plain(&c, 1);
+		if (!any_channel(&c)) {
+			memcpy(c.asked, fds, n * sizeof(*fds));
+			result = poll_kernel(&c, false,
+					     timeout_ns < 0 ? INT64_MAX : timeout_ns,
+					     mask);
+			if (result >= 0)
+				for (nfds_t i = 0; i < n; i++)
+					fds[i].revents = c.asked[i].revents;
+			mark_plain(&c, -1);
+			break;
+		}
+		mark_plain(&c, -1);
+		channels = poll_begin(&c);
+		if (channels == 0) {
+			sched_yield();
+			continue;
+		}
+		result = poll_loop(&c, timeout_ns, mask, channels < n);
+		poll_end(&c);
+		break;
+	}
+	if (c.asked != asked)
+		free(c.asked);
+	return result;
+}

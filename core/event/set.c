@@ -1,0 +1,662 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Epoll sets: registrations, and readiness found in user space. */
+#include <errno.h>
+#include <string.h>
+
+#include "event/event.h"
+#include "sock/stream.h"
+
+#define SLAB 128
+#define REG_CHUNKS 8192 /* of SLAB registrations: over a million */
+#define KERNEL_TURNS 8	/* full turns from user space before the kernel is asked */
+
+/* What the kernel tells of an upgraded connection. */
+#define KERNEL_EVENTS (EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET)
+#define ALWAYS (EPOLLERR | EPOLLHUP)
+
+static struct km_reg *reg_chunk[REG_CHUNKS];
+static uint32_t reg_chunks;
+static struct km_reg *free_regs;
+static struct km_set *free_sets, *all_sets[1024];
+static uint32_t set_slabs;
+
+static struct km_reg *reg_alloc(void)
+{
+	enum km_lock_result how = km_lock(&km_proc.table_lock);
+	struct km_reg *reg = free_regs;
+
+	if (!reg && reg_chunks < REG_CHUNKS) {
+		reg = km_pages(SLAB * sizeof(*reg), false);
+		for (uint32_t i = 0; reg && i < SLAB; i++) {
+			reg[i].index = reg_chunks * SLAB + i;
+			reg[i].set_next = i + 1 < SLAB ? &reg[i + 1] : NULL;
+		}
+		if (reg)
+			reg_chunk[reg_chunks++] = reg;
+	}
+	if (reg)
+		free_regs = reg->set_next;
+	km_unlock(&km_proc.table_lock, how);
+	return reg;
+}
+
+static void reg_free(struct km_reg *reg)
+{
+	enum km_lock_result how = km_lock(&km_proc.table_lock);
+
+	reg->set_next = free_regs;
+	free_regs = reg;
+	km_unlock(&km_proc.table_lock, how);
+}
+
+static struct km_reg *reg_at(uint32_t index)
+{
+	return index / SLAB < reg_chunks ? &reg_chunk[index / SLAB][index % SLAB] : NULL;
+}
+
+/* -- the ready list, under the set's lock ---------------------------------------- */
+
+static void ready_push(struct km_reg *reg)
+{
+	struct km_set *set = reg->set;
+
+	if (reg->listed)
+		return;
+	reg->listed = true;
+	reg->ready_next = NULL;
+	reg->ready_prev = set->ready_tail;
+	if (set->ready_tail)
+		set->ready_tail->ready_next = reg;
+	else
+		set->ready = reg;
+	set->ready_tail = reg;
+}
+
+static void ready_remove(struct km_reg *reg)
+{
+	struct km_set *set = reg->set;
+
+	if (!reg->listed)
+		return;
+	reg->listed = false;
+	if (reg->ready_prev)
+		reg->ready_prev->ready_next = reg->ready_next;
+	else
+		set->ready = reg->ready_next;
+	if (reg->ready_next)
+		reg->ready_next->ready_prev = reg->ready_prev;
+	else
+		set->ready_tail = reg->ready_prev;
+}
+
+static void ready_again(struct km_reg *reg)
+{
+	reg->fresh = true;
+	ready_push(reg);
+}
+
+void km_event_news(struct km_file *f)
+{
+	for (struct km_reg *reg = f->regs; reg; reg = reg->next) {
+		struct km_set *set = reg->set;
+		enum km_lock_result how;
+
+		if (!reg->active)
+			continue;
+		how = km_lock(&set->lock);
+		if (reg->active)
+			ready_again(reg);
+		km_unlock(&set->lock, how);
+	}
+}
+
+/* -- registrations ----------------------------------------------------------------- */
+
+static struct km_set *set_for(int epfd)
+{
+	struct km_set *set = km_set_of(epfd);
+	enum km_lock_result how;
+
+	if (set || km_thread.bypass)
+		return set;
+	how = km_lock(&km_proc.table_lock);
+	set = free_sets;
+	if (!set && set_slabs < KM_COUNT(all_sets)) {
+		set = km_pages(SLAB * sizeof(*set), false);
+		for (int i = 0; set && i < SLAB; i++)
+			set[i].next_free = i + 1 < SLAB ? &set[i + 1] : NULL;
+		if (set)
+			all_sets[set_slabs++] = set;
+	}
+	if (set)
+		free_sets = set->next_free;
+	km_unlock(&km_proc.table_lock, how);
+	if (!set)
+		return NULL;
+	memset(set, 0, sizeof(*set));
+	set->epfd = epfd;
+	set->fds = 1;
+	km_fd_forget(epfd);
+	km_fd_swap(epfd, KM_FD_SET, set);
+	return set;
+}
+
+static struct km_reg *reg_find(struct km_file *f, struct km_set *set, int fd)
+{
+	for (struct km_reg *reg = f->regs; reg; reg = reg->next)
+		if (reg->set == set && reg->fd == fd)
+			return reg;
+	return NULL;
+}
+
+static struct km_reg *reg_add(struct km_file *f, struct km_set *set, int fd)
+{
+	struct km_reg *reg = reg_alloc();
+	uint32_t index;
+
+	if (!reg)
+		return NULL;
+	index = reg->index;
+	memset(reg, 0, sizeof(*reg));
+	reg->index = index;
+	reg->set = set;
+	reg->file = f;
+	reg->fd = fd;
+	reg->set_next = set->regs;
+	set->regs = reg;
+	/* Readers walk the list without a lock. */
+	reg->next = f->regs;
+	__atomic_store_n(&f->regs, reg, __ATOMIC_RELEASE);
+	return reg;
+}
+
+static void reg_set(struct km_reg *reg, const struct epoll_event *ev)
+{
+	reg->events = ev->events;
+	reg->data = ev->data;
+	reg->active = true;
+	reg->disarmed = false;
+}
+
+/* Makes the kernel's registration ours, set's lock held. */
+static int reg_convert(struct km_reg *reg, int op)
+{
+	struct km_set *set = reg->set;
+	struct epoll_event ev = {.events = KERNEL_EVENTS};
+	int err;
+
+	ev.data.u64 = (uint64_t)km_proc.magic << 32 | reg->index;
+	if (op == EPOLL_CTL_ADD && (reg->events & EPOLLEXCLUSIVE))
+		ev.events = (KERNEL_EVENTS & ~(uint32_t)EPOLLRDHUP) | EPOLLEXCLUSIVE;
+	err = km_set_hear(set, reg->file->bell);
+	if (err < 0)
+		return err;
+	err = km_sys_epoll_ctl(set->epfd, op, reg->fd, &ev);
+	if (err < 0)
+		return err;
+	reg->ours = true;
+	if (reg->file->scan)
+		set->scan = true;
+	/* Pairs with km_set_wait_begin: a thread that sleeps there is kicked. */
+	km_add_seq(&set->rings, 1);
+	ready_again(reg);
+	if (km_load_seq(&set->waiters) || km_load_seq(&set->sleepers))
+		km_bell_kick(reg->file->bell);
+	return 0;
+}
+
+int km_event_attach(struct km_file *f)
+{
+	for (struct km_reg *reg = f->regs; reg; reg = reg->next) {
+		enum km_lock_result how = km_lock(&reg->set->lock);
+		int err = 0;
+
+		if (reg->active && !reg->ours) {
+			err = reg_convert(reg, EPOLL_CTL_MOD);
+			if (err == -EINVAL) {
+				/* The kernel changes nothing of an exclusive one. */
+				km_sys_epoll_ctl(reg->set->epfd, EPOLL_CTL_DEL, reg->fd,
+						 NULL);
+				err = reg_convert(reg, EPOLL_CTL_ADD);
+			}
+			if (err == -ENOENT) {
+				/* It went away by a path that is not seen. */
+				reg->active = false;
+				err = 0;
+			}
+		}
+		km_unlock(&reg->set->lock, how);
+		if (err < 0) {
+			km_log(KM_LOG_ERROR, "fd %d: epoll_ctl failed (%d)", f->fd, err);
+			return err;
+		}
+	}
+	return 0;
+}
+
+static void set_recycle(struct km_set *set)
+{
+	enum km_lock_result how = km_lock(&km_proc.table_lock);
+
+	set->next_free = free_sets;
+	free_sets = set;
+	km_unlock(&km_proc.table_lock, how);
+}
+
+void km_event_detach(struct km_file *f)
+{
+	struct km_reg *reg = f->regs, *next;
+
+	for (; reg; reg = next) {
+		struct km_set *set = reg->set;
+		enum km_lock_result how = km_lock(&set->lock);
+		struct km_reg **at = &set->regs;
+		bool last;
+
+		next = reg->next;
+		reg->active = false;
+		ready_remove(reg);
+		if (reg->ours)
+			km_sub_seq(&set->rings, 1);
+		reg->ours = false;
+		while (*at && *at != reg)
+			at = &(*at)->set_next;
+		if (*at)
+			*at = reg->set_next;
+		last = set->epfd < 0 && !set->regs;
+		km_unlock(&set->lock, how);
+		reg_free(reg);
+		if (last)
+			set_recycle(set);
+	}
+	f->regs = NULL;
+}
+
+void km_set_free(struct km_set *set)
+{
+	enum km_lock_result how = km_lock(&km_proc.table_lock);
+	uint32_t left = --set->fds;
+	struct km_reg *reg;
+	bool last;
+
+	km_unlock(&km_proc.table_lock, how);
+	if (left)
+		return;
+	how = km_lock(&set->lock);
+	for (reg = set->regs; reg; reg = reg->set_next) {
+		ready_remove(reg);
+		reg->active = false;
+		reg->ours = false;
+		reg->fd = -1;
+	}
+	/* The registrations stay with their files, and the set object as long as one
+	 * of them points at it. */
+	km_store_seq(&set->rings, 0);
+	set->epfd = -1;
+	last = !set->regs;
+	km_unlock(&set->lock, how);
+	km_bell_forget_set(set);
+	if (last)
+		set_recycle(set);
+}
+
+/* epoll_ctl while the kernel carries the bytes: remembered for later. */
+static int ctl_plain(struct km_set *set, struct km_file *f, int op, int fd,
+		     struct epoll_event *ev)
+{
+	struct km_reg *reg = reg_find(f, set, fd);
+	int err = km_sys_epoll_ctl(set->epfd, op, fd, ev);
+
+	if (err < 0)
+		return err;
+	if (op == EPOLL_CTL_DEL) {
+		if (reg)
+			reg->active = false;
+		return 0;
+	}
+	if (!reg)
+		reg = reg_add(f, set, fd);
+	if (reg)
+		reg_set(reg, ev);
+	return 0;
+}
+
+/* A changed registration may be ready at once, and another thread asleep. */
+static void look_again(struct km_reg *reg)
+{
+	ready_again(reg);
+	if (km_load_seq(&reg->set->sleepers) && km_load_seq(&reg->set->bells))
+		km_bell_kick(reg->set->bell[0]);
+}
+
+static int ctl_channel(struct km_set *set, struct km_file *f, int op, int fd,
+		       struct epoll_event *ev)
+{
+	struct km_reg *reg = reg_find(f, set, fd);
+	int err;
+
+	switch (op) {
+	case EPOLL_CTL_ADD:
+		if (reg && reg->active)
+			return -EEXIST;
+		if (!reg)
+			reg = reg_add(f, set, fd);
+		if (!reg)
+			return -ENOMEM;
+		reg_set(reg, ev);
+		if (reg->ours) {
+			look_again(reg);
+			return 0;
+		}
+		err = reg_convert(reg, EPOLL_CTL_ADD);
+		if (err < 0)
+			reg->active = false;
+		return err;
+	case EPOLL_CTL_MOD:
+		if (!reg || !reg->active)
+			return -ENOENT;
+		if ((reg->events | ev->events) & EPOLLEXCLUSIVE)
+			return -EINVAL;
+		reg_set(reg, ev);
+		look_again(reg);
+		return 0;
+	case EPOLL_CTL_DEL:
+		if (!reg || !reg->active)
+			return -ENOENT;
+		/* The kernel's registration stays: programs that take a descriptor
+		 * out to put it back get by without a system call.  What it tells
+		 * meanwhile is dropped. */
+		reg->active = false;
+		ready_remove(reg);
+		return 0;
+	default:
+		return -EINVAL;
+	}
+}
+
+int km_epoll_ctl(int epfd, int op, int fd, struct epoll_event *ev)
+{
+	struct km_file *f = km_file_of(fd);
+	struct km_set *set;
+	enum km_lock_result how;
+	bool late;
+	int err;
+
+	if (!f || km_load_acquire(&f->mode) == KM_MODE_PINNED || epfd == fd ||
+	    (!ev && op != EPOLL_CTL_DEL))
+		return km_sys_epoll_ctl(epfd, op, fd, ev);
+	set = km_set_of(epfd);
+	if (!set) {
+		/* Only an epoll set that does not hold fd says ENOENT. */
+		if (op != EPOLL_CTL_ADD ||
+		    km_sys_epoll_ctl(epfd, EPOLL_CTL_DEL, fd, NULL) != -ENOENT)
+			return km_sys_epoll_ctl(epfd, op, fd, ev);
+		set = set_for(epfd);
+		if (!set) {
+			km_file_pin(f, KM_REASON_EPOLL_COOKIE);
+			return km_sys_epoll_ctl(epfd, op, fd, ev);
+		}
+	}
+	how = km_lock(&set->lock);
+	if (km_load_seq(&f->mode) == KM_MODE_CHANNEL)
+		err = ctl_channel(set, f, op, fd, ev);
+	else
+		err = ctl_plain(set, f, op, fd, ev);
+	late = err == 0 && op != EPOLL_CTL_DEL &&
+	       km_load_seq(&f->mode) != KM_MODE_PLAIN;
+	km_unlock(&set->lock, how);
+	if (late) {
+		/* An upgrade that is under way may have passed this registration. */
+		how = km_lock(&km_proc.link_lock);
+		if (km_load_seq(&f->mode) == KM_MODE_CHANNEL)
+			km_event_attach(f);
+		km_unlock(&km_proc.link_lock, how);
+	}
+	return err;
+}
+
+/* -- waiting ------------------------------------------------------------------------- */
+
+bool km_set_wait_begin(struct km_set *set)
+{
+	km_add_seq(&set->waiters, 1);
+	if (km_likely(km_load_seq(&set->rings) == 0))
+		return true;
+	km_sub_seq(&set->waiters, 1);
+	return false;
+}
+
+void km_set_wait_end(struct km_set *set)
+{
+	km_sub_seq(&set->waiters, 1);
+	/* The kick that woke this thread was meant for all of them. */
+	if (km_load_seq(&set->rings) && km_load_seq(&set->waiters) &&
+	    km_load_seq(&set->bells))
+		km_bell_kick(set->bell[0]);
+}
+
+/* The kernel has news of a connection's own socket. */
+static void kernel_news(struct km_set *set, struct km_reg *reg, uint32_t events)
+{
+	enum km_lock_result how = km_lock(&set->lock);
+
+	if (reg->set == set && reg->ours && reg->file->conn) {
+		struct km_conn *conn = reg->file->conn;
+
+		if (events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR))
+			km_or_seq(&conn->kernel_bits,
+				  events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR));
+		else if (conn->rx_phase == KM_PHASE_RING && (events & EPOLLIN))
+			conn->idle_reads = UINT32_MAX / 2;
+		/* An idle socket's send buffer has space: no news on a ring. */
+		if (reg->active &&
+		    ((events & ~(uint32_t)EPOLLOUT) || conn->tx_phase != KM_PHASE_RING))
+			ready_again(reg);
+	}
+	km_unlock(&set->lock, how);
+}
+
+int km_set_translate(struct km_set *set, struct epoll_event *evs, int n)
+{
+	int kept = 0;
+
+	for (int i = 0; i < n; i++) {
+		uint64_t data = evs[i].data.u64;
+		struct km_reg *reg;
+
+		if (km_likely(data >> 32 != km_proc.magic)) {
+			evs[kept++] = evs[i];
+			continue;
+		}
+		if (data & 0x80000000u)
+			continue; /* a bell: its news is taken in any case */
+		reg = reg_at((uint32_t)data & 0x7fffffffu);
+		if (reg)
+			kernel_news(set, reg, evs[i].events);
+	}
+	return kept;
+}
+
+/* For files whose news another process may take: has anything moved? */
+static bool scan_found(struct km_reg *reg)
+{
+	struct km_conn *conn = reg->file->conn;
+	uint64_t w;
+
+	if (!conn)
+		return false;
+	w = km_load_sync(OBSERVE, &conn->rx.wire->wpos);
+	if (w != reg->seen_w) {
+		reg->seen_w = w;
+		return true;
+	}
+	return reg->want_space &&
+	       !(km_load_seq(&conn->tx.wire->prod_wait) & KM_WAIT_EVENT);
+}
+
+/* Moves what is ready to evs, set's lock held. */
+static int collect(struct km_set *set, struct epoll_event *evs, int max)
+{
+	struct km_reg *stop = NULL, *reg;
+	int n = 0;
+
+	if (km_unlikely(set->scan))
+		for (reg = set->regs; reg; reg = reg->set_next)
+			if (reg->active && reg->file->scan && scan_found(reg))
+				ready_again(reg);
+	while ((reg = set->ready) && reg != stop && n < max) {
+		uint32_t events = reg->events, found;
+		bool fresh = reg->fresh;
+
+		ready_remove(reg);
+		if (!reg->active || reg->disarmed || !reg->ours)
+			continue;
+		if ((events & EPOLLET) && !fresh)
+			continue;
+		reg->fresh = false;
+		found = km_file_level(reg->file, events) & (events | ALWAYS);
+		reg->want_space = (events & EPOLLOUT) && !(found & EPOLLOUT);
+		if (!found)
+			continue;
+		evs[n].events = found;
+		evs[n].data = reg->data;
+		n++;
+		if (events & EPOLLONESHOT) {
+			reg->disarmed = true;
+		} else if (!(events & EPOLLET)) {
+			ready_push(reg);
+			if (!stop)
+				stop = reg;
+		}
+	}
+	return n;
+}
+
+static int found_here(struct km_set *set, struct epoll_event *evs, int max)
+{
+	uint32_t bells = km_load_seq(&set->bells);
+	enum km_lock_result how;
+	bool more;
+	int n;
+
+	for (uint32_t i = 0; i < bells; i++)
+		km_bell_drain(set->bell[i]);
+	if (!set->ready && !set->scan)
+		return 0;
+	how = km_lock(&set->lock);
+	n = collect(set, evs, max);
+	more = set->ready != NULL && n == max;
+	km_unlock(&set->lock, how);
+	/* As the kernel does: who leaves work behind wakes the next sleeper. */
+	if (more && km_load_seq(&set->sleepers))
+		km_bell_kick(set->bell[0]);
+	return n;
+}
+
+static int kernel_wait(int epfd, struct epoll_event *evs, int max, int64_t timeout_ns,
+		       const sigset_t *mask)
+{
+	struct timespec ts = {timeout_ns / 1000000000, timeout_ns % 1000000000};
+	long n;
+
+	if (timeout_ns < 0 || timeout_ns % 1000000 == 0 || timeout_ns > 2147483646000000) {
+		int ms = timeout_ns < 0 ? -1
+					: (int)KM_MIN(timeout_ns / 1000000, INT32_MAX);
+
+		return (int)KM_SYS(epoll_pwait, epfd, evs, max, ms, mask, KM_SIGSET_SIZE);
+	}
+#ifdef SYS_epoll_pwait2
+	n = KM_SYS(epoll_pwait2, epfd, evs, max, &ts, mask, KM_SIGSET_SIZE);
+	if (n != -ENOSYS)
+		return (int)n;
+#endif
+	n = KM_SYS(epoll_pwait, epfd, evs, max, (timeout_ns + 999999) / 1000000, mask,
+		   KM_SIGSET_SIZE);
+	return (int)n;
+}
+
+static void arm_all(struct km_set *set, uint32_t *bells)
+{
+	*bells = km_load_seq(&set->bells);
+	for (uint32_t i = 0; i < *bells; i++)
+		km_bell_arm(set->bell[i]);
+	km_add_seq(&set->sleepers, 1);
+}
+
+static void disarm_all(struct km_set *set, uint32_t bells)
+{
+	km_sub_seq(&set->sleepers, 1);
+	for (uint32_t i = 0; i < bells; i++)
+		km_bell_disarm(set->bell[i]);
+}
+
+int km_epoll_wait(struct km_set *set, int epfd, struct epoll_event *evs, int max,
+		  int64_t timeout_ns, const sigset_t *mask)
+{
+	int64_t deadline = timeout_ns > 0 ? km_now_ns() + timeout_ns : timeout_ns;
+	uint32_t bells;
+	int n, k;
+
+	if (max <= 0)
+		return kernel_wait(epfd, evs, max, 0, mask);
+	for (;;) {
+		n = found_here(set, evs, max);
+		if (n) {
+			if (n < max && ++set->turns >= KERNEL_TURNS) {
+				set->turns = 0;
+				k = kernel_wait(epfd, evs + n, max - n, 0, NULL);
+				if (k > 0)
+					n += km_set_translate(set, evs + n, k);
+			}
+			return n;
+		}
+		set->turns = 0;
+		if (timeout_ns == 0) {
+			k = kernel_wait(epfd, evs, max, 0, mask);
+			if (k <= 0)
+				return k;
+			n = km_set_translate(set, evs, k);
+			return n < max ? n + found_here(set, evs + n, max - n) : n;
+		}
+		arm_all(set, &bells);
+		n = found_here(set, evs, max);
+		if (n) {
+			disarm_all(set, bells);
+			return n;
+		}
+		if (deadline > 0) {
+			timeout_ns = KM_MAX(deadline - km_now_ns(), 0);
+			/* Round up like the kernel: never early. */
+			if (timeout_ns)
+				timeout_ns = (timeout_ns + 999999) / 1000000 * 1000000;
+		}
+		km_count(KM_COUNT_BELL_SLEEPS);
+		k = kernel_wait(epfd, evs, max, timeout_ns, mask);
+		disarm_all(set, bells);
+		if (k < 0)
+			return k;
+		n = km_set_translate(set, evs, k);
+		if (n < max)
+			n += found_here(set, evs + n, max - n);
+		if (n || (k == 0 && timeout_ns >= 0))
+			return n;
+		if (deadline > 0 && km_now_ns() >= deadline)
+			return 0;
+	}
+}
+
+void km_event_fork_child(void)
+{
+	for (uint32_t i = 0; i < set_slabs; i++)
+		for (uint32_t k = 0; k < SLAB; k++) {
+			struct km_set *set = &all_sets[i][k];
+
+			km_store_seq(&set->lock, 0);
+			km_store_seq(&set->waiters, 0);
+			km_store_seq(&set->sleepers, 0);
+			for (struct km_reg *reg = set->regs; reg; reg = reg->set_next)
+				if (reg->ours && reg->file->scan)
+					set->scan = true;
+		}
+	km_bell_fork_child();
+}

@@ -1,0 +1,130 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Connection rows live in the statistics memfd, which exists from the first
+ * upgrade on.  A forked child keeps the parent's rows for the connections they
+ * share, and makes a table of its own for new ones.
+ */
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+
+#include "fd/file.h"
+
+#define ROWS 65536u
+
+static struct km_stats_header *table;
+static int table_fd = -1;
+static uint32_t free_rows; /* index + 1 of the first, chained by next_free */
+
+_Static_assert(KM_COUNTERS <= 64, "counters do not fit their place");
+
+static struct km_conn *row_at(struct km_stats_header *t, uint32_t index)
+{
+	return (struct km_conn *)((char *)t + KM_STATS_HEADER +
+				  (size_t)index * KM_STATS_ROW);
+}
+
+static enum km_reason make_table(void)
+{
+	size_t size = KM_STATS_HEADER + (size_t)ROWS * KM_STATS_ROW;
+	int fd = km_fd_hide(km_sys_memfd_create("kmap-stats", MFD_CLOEXEC));
+	struct km_stats_header *t;
+
+	if (fd < 0)
+		return fd == -EMFILE || fd == -ENFILE ? KM_REASON_BUDGET_FD
+						      : KM_REASON_SYSCALL;
+	if (km_sys_ftruncate(fd, (int64_t)size) < 0) {
+		km_fd_unhide(fd);
+		return KM_REASON_SYSCALL;
+	}
+	t = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+	if (t == MAP_FAILED) {
+		km_fd_unhide(fd);
+		return KM_REASON_BUDGET_MEMORY;
+	}
+	t->version = KM_STATS_VERSION;
+	t->header_size = KM_STATS_HEADER;
+	t->row_size = KM_STATS_ROW;
+	t->row_count = ROWS;
+	t->pid = (uint32_t)km_sys_getpid();
+	prctl(PR_GET_NAME, t->comm);
+	__atomic_store_n(&t->magic, KM_STATS_MAGIC, __ATOMIC_RELEASE);
+	km_proc.counters = (km_a64 *)((char *)t + KM_STATS_COUNTERS_OFFSET);
+	km_proc.reasons = (km_a64 *)((char *)t + KM_STATS_REASONS_OFFSET);
+	table = t;
+	table_fd = fd;
+	return KM_REASON_NONE;
+}
+
+/* Rows that a forked child freed never reached the free list. */
+static struct km_conn *find_freed(void)
+{
+	for (uint32_t i = 0; i < ROWS; i++) {
+		struct km_conn *conn = row_at(table, i);
+
+		if (conn->row.state == KM_ROW_FREE)
+			return conn;
+	}
+	return NULL;
+}
+
+struct km_conn *km_conn_new(enum km_reason *reason)
+{
+	enum km_lock_result how = km_lock(&km_proc.table_lock);
+	struct km_conn *conn = NULL;
+	uint32_t generation, index;
+
+	*reason = table ? KM_REASON_NONE : make_table();
+	if (*reason == KM_REASON_NONE) {
+		if (free_rows) {
+			conn = row_at(table, free_rows - 1);
+			free_rows = conn->next_free;
+		} else if (table->used_rows < ROWS) {
+			conn = row_at(table, table->used_rows);
+			conn->index = table->used_rows++;
+		} else {
+			conn = find_freed();
+		}
+		if (!conn)
+			*reason = KM_REASON_BUDGET_CONNECTIONS;
+	}
+	if (conn) {
+		generation = conn->row.generation;
+		index = conn->index;
+		memset((char *)conn + sizeof(uint32_t), 0,
+		       sizeof(*conn) - sizeof(uint32_t));
+		conn->row.generation = generation + 1;
+		conn->index = index;
+		conn->row.state = KM_ROW_PENDING;
+	}
+	km_unlock(&km_proc.table_lock, how);
+	return conn;
+}
+
+void km_conn_free(struct km_conn *conn)
+{
+	enum km_lock_result how = km_lock(&km_proc.table_lock);
+
+	km_add_relaxed(&km_proc.counters[KM_COUNT_RING_RX_BYTES], conn->row.ring_rx_bytes);
+	km_add_relaxed(&km_proc.counters[KM_COUNT_RING_TX_BYTES], conn->row.ring_tx_bytes);
+	km_add_relaxed(&km_proc.counters[KM_COUNT_KERNEL_RX_BYTES],
+		       conn->row.kernel_rx_bytes);
+	km_add_relaxed(&km_proc.counters[KM_COUNT_KERNEL_TX_BYTES],
+		       conn->row.kernel_tx_bytes);
+	if (table && conn == row_at(table, conn->index)) {
+		conn->next_free = free_rows;
+		free_rows = conn->index + 1;
+	}
+	conn->row.state = KM_ROW_FREE;
+	km_unlock(&km_proc.table_lock, how);
+}
+
+/* The child's new connections get a table of their own; the parent's stays
+ * mapped for those that they share, and its counters until there is another. */
+void km_conn_fork_child(void)
+{
+	table = NULL;
+	free_rows = 0;
+	table_fd = -1;
+}

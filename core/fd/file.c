@@ -1,0 +1,272 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "fd/file.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "event/event.h"
+#include "link/link.h"
+#include "sock/stream.h"
+
+#define SLAB_FILES 64
+#define SHARED_COUNTS 1024 /* per page taken for counts shared by fork */
+
+static struct km_file *free_files;
+
+static struct km_file *file_alloc(void)
+{
+	enum km_lock_result how = km_lock(&km_proc.table_lock);
+	struct km_file *f = free_files;
+
+	if (!f) {
+		f = km_pages(SLAB_FILES * sizeof(*f), false);
+		for (int i = 0; f && i < SLAB_FILES - 1; i++)
+			f[i].next_free = i + 1 < SLAB_FILES - 1 ? &f[i + 1] : NULL;
+		if (f) {
+			free_files = f;
+			f = &f[SLAB_FILES - 1];
+		}
+	} else {
+		free_files = f->next_free;
+	}
+	km_unlock(&km_proc.table_lock, how);
+	return f;
+}
+
+static void file_free(struct km_file *f)
+{
+	enum km_lock_result how;
+
+	if (f->procs)
+		km_sub_seq(f->procs, 1);
+	f->generation++;
+	km_store_seq(&f->mode, KM_MODE_PINNED);
+	how = km_lock(&km_proc.table_lock);
+	f->next_free = free_files;
+	free_files = f;
+	km_unlock(&km_proc.table_lock, how);
+	km_sub_seq(&km_proc.files, 1);
+}
+
+void km_file_new(int fd, enum km_role role)
+{
+	struct km_file *f;
+	uint32_t generation;
+
+	if ((unsigned)fd >= KM_FD_MAX || km_thread.bypass)
+		return;
+	km_fd_forget(fd);
+	f = file_alloc();
+	if (!f)
+		return;
+	generation = f->generation;
+	memset(f, 0, sizeof(*f));
+	f->generation = generation;
+	f->fds = 1;
+	f->fd = fd;
+	f->role = (uint8_t)role;
+	f->link_fd = -1;
+	f->keep_fd = -1;
+	f->next_try = 1;
+	f->reason = KM_REASON_NOT_HOT;
+	km_store_seq(&f->mode, KM_MODE_PLAIN);
+	km_add_seq(&km_proc.files, 1);
+	km_fd_swap(fd, KM_FD_FILE, f);
+}
+
+void km_file_pin(struct km_file *f, enum km_reason reason)
+{
+	uint32_t plain = KM_MODE_PLAIN;
+	enum km_lock_result how = km_lock(&km_proc.link_lock);
+
+	km_link_cancel(f);
+	if (km_cas_seq(&f->mode, &plain, KM_MODE_PINNED)) {
+		f->reason = (uint8_t)reason;
+		if (km_proc.reasons)
+			km_add_relaxed(&km_proc.reasons[reason], 1);
+	}
+	km_unlock(&km_proc.link_lock, how);
+}
+
+void km_file_hold(struct km_file *f)
+{
+	km_add_seq(&f->users, 1);
+}
+
+void km_file_release(struct km_file *f)
+{
+	if (km_sub_seq(&f->users, 1) == 1 && f->closing) {
+		enum km_lock_result how = km_lock(&km_proc.link_lock);
+		bool last = f->closing && km_load_seq(&f->users) == 0;
+
+		f->closing = last ? false : f->closing;
+		km_unlock(&km_proc.link_lock, how);
+		if (last)
+			km_file_close_end(f);
+	}
+}
+
+struct km_file *km_file_close_begin(int fd)
+{
+	uint64_t entry = km_fd_swap(fd, KM_FD_NONE, NULL);
+	struct km_file *f = km_fd_object(entry);
+	enum km_lock_result how;
+	uint32_t left;
+
+	if (km_fd_kind(entry) != KM_FD_FILE)
+		return NULL;
+	how = km_lock(&km_proc.table_lock);
+	left = --f->fds;
+	km_unlock(&km_proc.table_lock, how);
+	if (left) {
+		if (f->conn)
+			km_sub_seq(&f->conn->refs, 1);
+		if (f->fd == fd)
+			f->fd = km_link_other_fd(f);
+		return NULL;
+	}
+	how = km_lock(&km_proc.link_lock);
+	km_link_cancel(f);
+	if (f->conn && km_load_seq(&f->mode) == KM_MODE_CHANNEL) {
+		bool last = km_sub_seq(&f->conn->refs, 1) == 1;
+
+		if (km_load_seq(&f->users)) {
+			/* Like the kernel's own sleepers, they keep the socket
+			 * open until they return. */
+			f->keep_fd = km_fd_hide(km_sys_fcntl(fd, F_DUPFD_CLOEXEC, 0));
+			f->closing = true;
+			if (km_load_seq(&f->users)) {
+				km_unlock(&km_proc.link_lock, how);
+				return NULL;
+			}
+			f->closing = false;
+		}
+		if (last)
+			km_stream_closing(f, fd);
+	}
+	km_unlock(&km_proc.link_lock, how);
+	return f;
+}
+
+void km_file_close_end(struct km_file *f)
+{
+	enum km_lock_result how;
+
+	if (!f)
+		return;
+	how = km_lock(&km_proc.link_lock);
+	if (f->keep_fd >= 0) {
+		if (f->conn && km_load_seq(&f->conn->refs) == 0)
+			km_stream_closing(f, f->keep_fd);
+		km_fd_unhide(f->keep_fd);
+		f->keep_fd = -1;
+	}
+	km_event_detach(f);
+	if (f->conn)
+		km_file_detach(f);
+	km_unlock(&km_proc.link_lock, how);
+	file_free(f);
+}
+
+void km_file_detach(struct km_file *f)
+{
+	struct km_conn *conn = f->conn;
+	enum km_lock_result rx = km_lock(&conn->rx_lock);
+	enum km_lock_result tx = km_lock(&conn->tx_lock);
+
+	/* After this, whoever holds a stale pointer finds the mode changed under
+	 * the lock and looks the descriptor up again. */
+	km_store_seq(&f->mode, KM_MODE_PINNED);
+	f->conn = NULL;
+	km_stream_goodbye(f, conn);
+	km_sub_seq(&km_proc.memory, f->seg.size);
+	km_segment_unmap(&f->seg);
+	km_unlock(&conn->tx_lock, tx);
+	km_unlock(&conn->rx_lock, rx);
+	km_bell_drop(f);
+	km_peer_bell_drop(f);
+	km_sub_seq(&km_proc.channels, 1);
+	if (km_sub_seq(&conn->procs, 1) == 1)
+		km_conn_free(conn);
+}
+
+/* -- fork ------------------------------------------------------------------ */
+
+static km_a32 *shared_counts;
+static unsigned shared_counts_used;
+static enum km_lock_result fork_link, fork_table;
+
+static km_a32 *shared_count(void)
+{
+	if (!shared_counts || shared_counts_used == SHARED_COUNTS) {
+		shared_counts = km_pages(SHARED_COUNTS * sizeof(km_a32), true);
+		shared_counts_used = 0;
+	}
+	return shared_counts ? &shared_counts[shared_counts_used++] : NULL;
+}
+
+/* Each descriptor is about to have a twin in the child. */
+static void share(int fd, uint64_t entry, void *arg)
+{
+	struct km_file *f = km_fd_object(entry);
+	int sign = *(int *)arg;
+
+	if (km_fd_kind(entry) != KM_FD_FILE)
+		return;
+	if (f->conn) {
+		km_add_seq(&f->conn->refs, (uint32_t)sign);
+		if (f->fd == fd) {
+			km_add_seq(&f->conn->procs, (uint32_t)sign);
+			f->scan = true;
+		}
+	} else if (f->fd == fd && km_load_seq(&f->mode) == KM_MODE_PLAIN) {
+		if (!f->procs) {
+			f->procs = shared_count();
+			if (f->procs)
+				km_store_seq(f->procs, 1);
+		}
+		if (f->procs)
+			km_add_seq(f->procs, (uint32_t)sign);
+		else
+			km_store_seq(&f->mode, KM_MODE_PINNED);
+	}
+}
+
+static void settle(int fd, uint64_t entry, void *arg)
+{
+	(void)fd;
+	(void)arg;
+	if (km_fd_kind(entry) == KM_FD_FILE)
+		km_link_settle(km_fd_object(entry));
+}
+
+void km_file_fork_prepare(void)
+{
+	int one = 1;
+
+	fork_link = km_lock(&km_proc.link_lock);
+	/* No upgrade may be half done: the two processes could not agree on it. */
+	km_fd_each(settle, NULL);
+	fork_table = km_lock(&km_proc.table_lock);
+	km_fd_each(share, &one);
+}
+
+void km_file_fork_parent(void)
+{
+	km_unlock(&km_proc.table_lock, fork_table);
+	km_unlock(&km_proc.link_lock, fork_link);
+}
+
+void km_file_fork_failed(void)
+{
+	int minus = -1;
+
+	km_fd_each(share, &minus);
+}
+
+void km_file_fork_child(void)
+{
+	km_store_seq(&km_proc.table_lock, 0);
+	km_store_seq(&km_proc.link_lock, 0);
+}

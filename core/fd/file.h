@@ -1,0 +1,209 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What the library knows about descriptors.
+ *
+ * A table maps each descriptor to a km_file (a TCP socket's open file
+ * description in this process), a km_set (an epoll set) or marks it as hidden
+ * (the library's own).  Everything else has no entry and is the kernel's.
+ *
+ * A km_file is private to the process; after fork each process has its own.  A
+ * km_conn is one end of an upgraded connection: it is also the connection's row
+ * in the statistics memfd, and is shared with forked children, which go on
+ * using the connection together.  Objects are recycled but their memory is
+ * never unmapped, so that a racing lookup reads stale data at worst and finds
+ * out under the lock.
+ */
+#ifndef KM_FILE_H
+#define KM_FILE_H
+
+#include "base/proc.h"
+#include "shm/segment.h"
+
+struct km_set;
+struct km_bell;
+struct km_peer_bell;
+struct km_reg;
+
+#define KM_FD_MAX (1u << 20)
+#define KM_FD_CHUNK 1024u
+
+enum km_fd_kind { KM_FD_NONE, KM_FD_FILE, KM_FD_SET, KM_FD_HIDDEN };
+
+/* What carries a file's bytes. */
+enum km_mode {
+	KM_MODE_PLAIN,	   /* the kernel; may be upgraded */
+	KM_MODE_SWITCHING, /* being upgraded: wait for the result */
+	KM_MODE_CHANNEL,   /* see the directions' phases in its km_conn */
+	KM_MODE_PINNED,	   /* the kernel, for good */
+};
+
+/* Phases of one direction of an upgraded connection, always in this order. */
+enum km_phase {
+	KM_PHASE_KERNEL, /* not cut over yet */
+	KM_PHASE_DRAIN,	 /* reading: rx_left bytes are still in the kernel */
+	KM_PHASE_RING,
+	KM_PHASE_ENDED, /* the kernel again, for good */
+};
+
+/* km_conn.flags */
+#define KM_CONN_NONBLOCK 1u /* O_NONBLOCK as this library last saw it set */
+#define KM_CONN_RD_SHUT 2u  /* SHUT_RD here */
+#define KM_CONN_RESET 4u    /* the peer broke the protocol: ECONNRESET */
+#define KM_CONN_TIMEOUTS 8u /* SO_RCVTIMEO or SO_SNDTIMEO may be set */
+
+struct km_conn {
+	struct km_stats_row row;
+	_Alignas(64) km_a32 rx_lock; /* the direction locks, see km_lock */
+	km_a32 tx_lock;
+	km_a32 refs;  /* descriptors in all processes */
+	km_a32 procs; /* processes */
+	km_a32 flags;
+	/* poll bits of the kernel socket that stay once seen: EOF, error, hang-up */
+	km_a32 kernel_bits;
+	uint32_t rx_phase, tx_phase; /* enum km_phase, under the direction lock */
+	uint64_t rx_left;
+	struct km_producer tx;
+	struct km_consumer rx;
+	uint32_t idle_reads;   /* empty reads since the kernel was last asked */
+	uint32_t stale_writes; /* writes since the consumer was last seen to move */
+	uint64_t stale_at;     /* where it stood then */
+	int32_t lowat;	       /* SO_RCVLOWAT */
+	uint32_t index;	       /* of the row */
+	uint32_t next_free;
+};
+
+_Static_assert(sizeof(struct km_conn) <= KM_STATS_ROW, "row too small");
+
+/* Where a file is on its way to an upgrade. */
+enum km_link_state {
+	KM_LINK_NONE,
+	KM_LINK_OFFERED,  /* connector: link_fd listens */
+	KM_LINK_ACCEPTED, /* connector: link_fd is the acceptor's connection */
+	KM_LINK_HELLO,	  /* acceptor: hello sent on link_fd, mode is CHANNEL */
+	KM_LINK_DONE,
+};
+
+struct km_file {
+	km_a32 mode; /* enum km_mode */
+	km_a32 busy; /* threads inside the kernel with this socket in mode PLAIN */
+	km_a32 users; /* threads asleep with it in mode CHANNEL */
+	uint32_t fds; /* descriptors in this process, under table_lock */
+	uint32_t generation;
+	int fd;	      /* one of them */
+	int keep_fd;  /* a duplicate, while the last was closed under a sleeper */
+	uint8_t role; /* enum km_role */
+	uint8_t last; /* direction of the last data call: 1 in, 2 out */
+	uint8_t turns; /* times the direction changed, up to a few */
+	uint8_t tries;
+	uint8_t reason; /* enum km_reason */
+	uint8_t link_state;
+	bool scan;    /* other processes may take its news: look at it always */
+	bool closing; /* no descriptor left, a sleeper still has it */
+	uint32_t calls, next_try;
+	int link_fd;
+	km_a32 *procs; /* processes that hold the socket, when forked before */
+	struct km_conn *conn;
+	struct km_segment seg;
+	struct km_bell *bell; /* where its news arrives */
+	uint32_t slot;
+	struct km_peer_bell *peer; /* how its peer is woken */
+	uint32_t peer_slot;
+	struct km_reg *regs; /* its registrations, never unlinked while it lives */
+	struct km_file *next_free;
+};
+
+extern km_a64 *km_fd_chunks[KM_FD_MAX / KM_FD_CHUNK];
+
+KM_INLINE uint64_t km_fd_entry(int fd)
+{
+	km_a64 *chunk;
+
+	if (km_unlikely((unsigned)fd >= KM_FD_MAX || km_thread.bypass))
+		return 0;
+	chunk = __atomic_load_n(&km_fd_chunks[(unsigned)fd / KM_FD_CHUNK],
+				__ATOMIC_ACQUIRE);
+	if (!chunk)
+		return 0;
+	return km_load_acquire(&chunk[(unsigned)fd % KM_FD_CHUNK]);
+}
+
+KM_INLINE enum km_fd_kind km_fd_kind(uint64_t entry)
+{
+	return (enum km_fd_kind)(entry & 3);
+}
+
+KM_INLINE void *km_fd_object(uint64_t entry)
+{
+	return (void *)(uintptr_t)(entry & ~(uint64_t)3);
+}
+
+/* The tracked TCP socket that fd is, or NULL. */
+KM_INLINE struct km_file *km_file_of(int fd)
+{
+	uint64_t entry = km_fd_entry(fd);
+
+	return km_fd_kind(entry) == KM_FD_FILE ? km_fd_object(entry) : NULL;
+}
+
+KM_INLINE struct km_set *km_set_of(int fd)
+{
+	uint64_t entry = km_fd_entry(fd);
+
+	return km_fd_kind(entry) == KM_FD_SET ? km_fd_object(entry) : NULL;
+}
+
+/* Sets fd's entry and returns the old one; 0 also when fd is out of range. */
+uint64_t km_fd_swap(int fd, enum km_fd_kind kind, void *object);
+
+/* Moves one of the library's own descriptors out of the program's way: to a high
+ * number, close-on-exec, marked hidden.  Takes over fd; the new number, or a
+ * negative errno value (fd is closed then). */
+int km_fd_hide(int fd);
+/* Closes a hidden descriptor. */
+void km_fd_unhide(int fd);
+
+/* Starts tracking fd as a TCP socket; forgets what stood there.  Quietly does
+ * nothing when memory is short. */
+void km_file_new(int fd, enum km_role role);
+/* A second descriptor for what from is (socket or epoll set). */
+void km_fd_dup(int from, int to);
+/* What stands at fd is gone, though no close was seen. */
+void km_fd_forget(int fd);
+
+/* Pins a plain file to the kernel. */
+void km_file_pin(struct km_file *f, enum km_reason reason);
+
+/*
+ * Closing takes two steps around the kernel's own close (or dup2): begin, with
+ * the descriptor still open, takes the entry out; end says the rest to the peer
+ * and frees.  NULL from begin: nothing to end.
+ */
+struct km_file *km_file_close_begin(int fd);
+void km_file_close_end(struct km_file *f);
+
+/* A thread that goes to sleep with f in mode CHANNEL, and one that returned. */
+void km_file_hold(struct km_file *f);
+void km_file_release(struct km_file *f);
+
+/* A connection row, or NULL when there is no memory or no descriptor for the
+ * table; *reason says which. */
+struct km_conn *km_conn_new(enum km_reason *reason);
+void km_conn_free(struct km_conn *conn);
+
+/* Ends f's channel in this process (close, or an upgrade that failed). */
+void km_file_detach(struct km_file *f);
+
+/* Called around fork. */
+void km_file_fork_prepare(void);
+void km_file_fork_parent(void);
+void km_file_fork_child(void);
+/* There is no child after all. */
+void km_file_fork_failed(void);
+
+/* Forgets the table of the parent. */
+void km_conn_fork_child(void);
+
+/* Calls fn for every descriptor that has an entry. */
+void km_fd_each(void (*fn)(int fd, uint64_t entry, void *arg), void *arg);
+
+#endif

@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * How two ends find each other and move a live connection to a channel.
+ *
+ * The connector of a connection that has become hot listens on an abstract Unix
+ * name made from the connection's addresses (the offer); the acceptor, hot too,
+ * connects to the same name, makes the segment and sends it (the hello); the
+ * connector attaches, answers (the ack) and marks the segment attached.  Each
+ * end proves the other's user id against the owner of the TCP socket.
+ */
+#ifndef KM_LINK_H
+#define KM_LINK_H
+
+#include "fd/file.h"
+
+/* An end of a TCP connection; IPv4 as v4-mapped, port in host byte order. */
+struct km_address {
+	uint8_t ip[16];
+	uint16_t port;
+};
+
+/* f is plain and has had enough calls: takes the next step.  Makes system calls,
+ * never blocks, never fails visibly. */
+void km_link_poke(struct km_file *f, int fd);
+
+/* The acceptor that sent its hello: has the connector attached, or given up?
+ * No direction lock may be held. */
+void km_link_advance(struct km_file *f, int fd);
+
+/* Withdraws whatever is under way; the channel itself is left alone.  link_lock
+ * held. */
+void km_link_cancel(struct km_file *f);
+
+/* Before fork: completes or abandons what is under way.  link_lock held. */
+void km_link_settle(struct km_file *f);
+
+/* Gives a hidden descriptor of an upgrade under way another number. */
+void km_link_move(int fd);
+
+/* Another descriptor of f, or -1. */
+int km_link_other_fd(struct km_file *f);
+
+/*
+ * The user id that owns the TCP socket whose own address is local and whose
+ * peer is remote, in this network namespace.  0, -ENOENT (no such socket), or
+ * another error of netlink.
+ */
+int km_diag_owner(const struct km_address *local, const struct km_address *remote,
+		  uint32_t *uid);
+
+#endif

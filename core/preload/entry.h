@@ -1,0 +1,61 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What the entry points share: see entry_io.c for how they are built. */
+#ifndef KM_ENTRY_H
+#define KM_ENTRY_H
+
+#include <errno.h>
+
+#include "fd/file.h"
+#include "sock/stream.h"
+
+/* A negative result becomes errno and -1; a success leaves errno alone. */
+KM_INLINE ssize_t km_result(ssize_t n)
+{
+	if (km_likely(n >= 0))
+		return n;
+	errno = (int)-n;
+	return -1;
+}
+
+/*
+ * A call that carries bytes: real is the kernel's call, ring the library's.  Not
+ * ours, or plain: the kernel's call with its arguments and errno untouched.
+ */
+#define KM_DATA_CALL(fd, direction, real, ring)                                       \
+	do {                                                                          \
+		struct km_file *f = km_file_of(fd);                                    \
+		struct km_plain plain;                                                 \
+		ssize_t n;                                                             \
+		if (km_likely(!f))                                                     \
+			return real;                                                   \
+		for (;;) {                                                             \
+			if (km_plain_begin(f, fd, &plain)) {                           \
+				n = real;                                              \
+				km_plain_end(&plain, direction, n);                    \
+				return n;                                              \
+			}                                                              \
+			n = ring;                                                      \
+			if (km_likely(n != KM_RETRY))                                  \
+				return km_result(n);                                   \
+			f = km_file_of(fd);                                            \
+			if (!f)                                                        \
+				return real;                                           \
+		}                                                                     \
+	} while (0)
+
+/* Pointers that cannot be the program's: the kernel answers EFAULT to them. */
+KM_INLINE bool km_bad_pointer(const void *p, size_t n)
+{
+	return km_unlikely(((uintptr_t)p < 4096 || (intptr_t)((uintptr_t)p + n) < 0) &&
+			   n != 0);
+}
+
+bool km_bad_iov(const struct iovec *iov, int iovcnt);
+
+int km_entry_close(int fd);
+int km_entry_dup2(int from, int to, int flags, bool dup3);
+int km_entry_fcntl(int fd, int cmd, void *arg);
+int km_entry_ioctl(int fd, unsigned long request, void *arg);
+int km_entry_close_range(unsigned first, unsigned last, int flags);
+
+#endif

@@ -1,0 +1,272 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Entry points that wait for readiness. */
+#include "preload/entry.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "event/event.h"
+
+KM_EXPORT int epoll_create(int size)
+{
+	int fd = KM_REAL(epoll_create)(size);
+
+	km_fd_forget(fd);
+	return fd;
+}
+
+KM_EXPORT int epoll_create1(int flags)
+{
+	int fd = KM_REAL(epoll_create1)(flags);
+
+	km_fd_forget(fd);
+	return fd;
+}
+
+KM_EXPORT int epoll_ctl(int epfd, int op, int fd, struct epoll_event *ev)
+{
+	if (km_likely(!km_file_of(fd)))
+		return KM_REAL(epoll_ctl)(epfd, op, fd, ev);
+	return (int)km_result(km_epoll_ctl(epfd, op, fd, ev));
+}
+
+static int64_t ms_to_ns(int ms)
+{
+	return ms < 0 ? -1 : (int64_t)ms * 1000000;
+}
+
+/*
+ * Waits on a set: as the kernel does while it holds no upgraded connection, else
+ * in event/set.c.  real is the kernel's call.
+ */
+#define WAIT_CALL(epfd, evs, max, timeout_ns, mask, real)                             \
+	do {                                                                          \
+		struct km_set *set = km_set_of(epfd);                                  \
+		int64_t began;                                                         \
+		int n;                                                                 \
+		if (km_likely(!set))                                                   \
+			return real;                                                   \
+		if (!km_set_wait_begin(set))                                           \
+			return (int)km_result(                                         \
+				km_epoll_wait(set, epfd, evs, max, timeout_ns, mask)); \
+		began = timeout_ns > 0 ? km_now_ns() : 0;                              \
+		n = real;                                                              \
+		km_set_wait_end(set);                                                  \
+		if (n <= 0 || km_load_seq(&set->rings) == 0)                           \
+			return n;                                                      \
+		n = km_set_translate(set, evs, n);                                     \
+		if (n)                                                                 \
+			return n;                                                      \
+		return (int)km_result(km_epoll_wait(                                   \
+			set, epfd, evs, max, time_left(timeout_ns, began), mask));     \
+	} while (0)
+
+static int64_t time_left(int64_t timeout_ns, int64_t began)
+{
+	return timeout_ns > 0 ? KM_MAX(timeout_ns - (km_now_ns() - began), 0)
+			      : timeout_ns;
+}
+
+KM_EXPORT int epoll_wait(int epfd, struct epoll_event *evs, int max, int timeout)
+{
+	WAIT_CALL(epfd, evs, max, ms_to_ns(timeout), NULL,
+		  KM_REAL(epoll_wait)(epfd, evs, max, timeout));
+}
+
+KM_EXPORT int epoll_pwait(int epfd, struct epoll_event *evs, int max, int timeout,
+			  const sigset_t *mask)
+{
+	WAIT_CALL(epfd, evs, max, ms_to_ns(timeout), mask,
+		  KM_REAL(epoll_pwait)(epfd, evs, max, timeout, mask));
+}
+
+KM_EXPORT int epoll_pwait2(int epfd, struct epoll_event *evs, int max,
+			   const struct timespec *timeout, const sigset_t *mask)
+{
+	int64_t ns = timeout ? timeout->tv_sec * 1000000000LL + timeout->tv_nsec : -1;
+
+	WAIT_CALL(epfd, evs, max, ns, mask,
+		  KM_REAL(epoll_pwait2)(epfd, evs, max, timeout, mask));
+}
+
+static bool any_tracked(const struct pollfd *fds, nfds_t n)
+{
+	if (km_likely(km_load_relaxed(&km_proc.files) == 0) || km_thread.bypass)
+		return false;
+	for (nfds_t i = 0; i < n; i++)
+		if (km_file_of(fds[i].fd))
+			return true;
+	return false;
+}
+
+/* glibc declares the array of poll as written only, and reading it here draws a
+ * warning. */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+KM_EXPORT int poll(struct pollfd *fds, nfds_t n, int timeout)
+{
+	if (km_likely(!any_tracked(fds, n)))
+		return KM_REAL(poll)(fds, n, timeout);
+	return (int)km_result(km_poll(fds, n, ms_to_ns(timeout), NULL));
+}
+
+KM_EXPORT int __poll(struct pollfd *fds, nfds_t n, int timeout)
+{
+	return poll(fds, n, timeout);
+}
+
+KM_EXPORT int __poll_chk(struct pollfd *fds, nfds_t n, int timeout, size_t room)
+{
+	if (room / sizeof(*fds) < n)
+		return KM_REAL(__poll_chk)(fds, n, timeout, room);
+	return poll(fds, n, timeout);
+}
+
+KM_EXPORT int ppoll(struct pollfd *fds, nfds_t n, const struct timespec *timeout,
+		    const sigset_t *mask)
+{
+	if (km_likely(!any_tracked(fds, n)))
+		return KM_REAL(ppoll)(fds, n, timeout, mask);
+	return (int)km_result(km_poll(
+		fds, n,
+		timeout ? timeout->tv_sec * 1000000000LL + timeout->tv_nsec : -1, mask));
+}
+
+KM_EXPORT int __ppoll_chk(struct pollfd *fds, nfds_t n, const struct timespec *timeout,
+			  const sigset_t *mask, size_t room)
+{
+	if (room / sizeof(*fds) < n)
+		return KM_REAL(__ppoll_chk)(fds, n, timeout, mask, room);
+	return ppoll(fds, n, timeout, mask);
+}
+
+#pragma GCC diagnostic pop
+
+/* -- select ------------------------------------------------------------------- */
+
+typedef unsigned long word;
+#define WORD_BITS (8 * (int)sizeof(word))
+
+/* Sets may be larger than FD_SETSIZE, so the macros will not do. */
+static bool in_set(int fd, const fd_set *set)
+{
+	return set && (((const word *)set)[fd / WORD_BITS] >> (fd % WORD_BITS) & 1);
+}
+
+static void put_in(int fd, fd_set *set)
+{
+	((word *)set)[fd / WORD_BITS] |= (word)1 << (fd % WORD_BITS);
+}
+
+static void empty(int n, fd_set *set)
+{
+	if (set)
+		memset(set, 0, (size_t)((n + WORD_BITS - 1) / WORD_BITS) * sizeof(word));
+}
+
+static bool select_tracked(int n, const fd_set *r, const fd_set *w, const fd_set *e)
+{
+	if (km_likely(km_load_relaxed(&km_proc.files) == 0) || km_thread.bypass ||
+	    n <= 0 || n > (int)KM_FD_MAX)
+		return false;
+	for (int fd = 0; fd < n; fd++)
+		if ((in_set(fd, r) || in_set(fd, w) || in_set(fd, e)) && km_file_of(fd))
+			return true;
+	return false;
+}
+
+/* select by poll; what the bits mean is what the kernel's own select means. */
+static int select_by_poll(int n, fd_set *r, fd_set *w, fd_set *e, int64_t timeout_ns,
+			  const sigset_t *mask)
+{
+	struct pollfd *fds = calloc((size_t)n, sizeof(*fds));
+	nfds_t count = 0;
+	int result;
+
+	if (!fds)
+		return -ENOMEM;
+	for (int fd = 0; fd < n; fd++) {
+		short events = 0;
+
+		if (in_set(fd, r))
+			events |= POLLIN | POLLRDNORM | POLLRDBAND;
+		if (in_set(fd, w))
+			events |= POLLOUT | POLLWRNORM | POLLWRBAND;
+		if (in_set(fd, e))
+			events |= POLLPRI;
+		if (events)
+			fds[count++] = (struct pollfd){.fd = fd, .events = events};
+	}
+	result = km_poll(fds, count, timeout_ns, mask);
+	for (nfds_t i = 0; i < count && result >= 0; i++)
+		if (fds[i].revents & POLLNVAL)
+			result = -EBADF;
+	if (result >= 0) {
+		empty(n, r);
+		empty(n, w);
+		empty(n, e);
+		result = 0;
+	}
+	for (nfds_t i = 0; i < count && result >= 0; i++) {
+		short asked = fds[i].events, got = fds[i].revents;
+
+		if ((asked & POLLIN) &&
+		    (got & (POLLIN | POLLRDNORM | POLLRDBAND | POLLHUP | POLLERR))) {
+			put_in(fds[i].fd, r);
+			result++;
+		}
+		if ((asked & POLLOUT) &&
+		    (got & (POLLOUT | POLLWRNORM | POLLWRBAND | POLLERR))) {
+			put_in(fds[i].fd, w);
+			result++;
+		}
+		if ((asked & POLLPRI) && (got & POLLPRI)) {
+			put_in(fds[i].fd, e);
+			result++;
+		}
+	}
+	free(fds);
+	return result;
+}
+
+KM_EXPORT int select(int n, fd_set *restrict r, fd_set *restrict w, fd_set *restrict e,
+		     struct timeval *restrict timeout)
+{
+	int64_t ns = -1, began;
+	int result;
+
+	if (km_likely(!select_tracked(n, r, w, e)))
+		return KM_REAL(select)(n, r, w, e, timeout);
+	if (timeout) {
+		if (timeout->tv_sec < 0 || timeout->tv_usec < 0)
+			return (int)km_result(-EINVAL);
+		ns = KM_MIN(timeout->tv_sec, 1000000000) * 1000000000LL +
+		     timeout->tv_usec * 1000LL;
+	}
+	began = ns > 0 ? km_now_ns() : 0;
+	result = select_by_poll(n, r, w, e, ns, NULL);
+	if (ns > 0) {
+		/* Linux tells how much time was left. */
+		ns = time_left(ns, began) / 1000;
+		timeout->tv_sec = ns / 1000000;
+		timeout->tv_usec = ns % 1000000;
+	}
+	return (int)km_result(result);
+}
+
+KM_EXPORT int __select(int n, fd_set *r, fd_set *w, fd_set *e, struct timeval *timeout)
+{
+	return select(n, r, w, e, timeout);
+}
+
+KM_EXPORT int pselect(int n, fd_set *restrict r, fd_set *restrict w, fd_set *restrict e,
+		      const struct timespec *restrict timeout,
+		      const sigset_t *restrict mask)
+{
+	if (km_likely(!select_tracked(n, r, w, e)))
+		return KM_REAL(pselect)(n, r, w, e, timeout, mask);
+	return (int)km_result(select_by_poll(
+		n, r, w, e,
+		timeout ? timeout->tv_sec * 1000000000LL + timeout->tv_nsec : -1, mask));
+}

@@ -1,0 +1,180 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Entry points that close and duplicate descriptors. */
+#include "preload/entry.h"
+
+#include <linux/close_range.h>
+#include <stdlib.h>
+
+#include "event/event.h"
+#include "link/link.h"
+
+int km_entry_close(int fd)
+{
+	uint64_t entry = km_fd_entry(fd);
+	struct km_file *f;
+	int err;
+
+	switch (km_fd_kind(entry)) {
+	case KM_FD_NONE:
+		return KM_REAL(close)(fd);
+	case KM_FD_HIDDEN:
+		/* The program did not open it, so for the program it is not open. */
+		return (int)km_result(-EBADF);
+	case KM_FD_SET:
+		km_fd_swap(fd, KM_FD_NONE, NULL);
+		km_set_free(km_fd_object(entry));
+		return KM_REAL(close)(fd);
+	case KM_FD_FILE:
+		break;
+	}
+	f = km_file_close_begin(fd);
+	err = KM_REAL(close)(fd);
+	km_file_close_end(f);
+	return err;
+}
+
+KM_EXPORT int close(int fd)
+{
+	return km_entry_close(fd);
+}
+
+KM_EXPORT int __close(int fd)
+{
+	return km_entry_close(fd);
+}
+
+static bool hidden(unsigned fd)
+{
+	return fd < KM_FD_MAX && km_fd_kind(km_fd_entry((int)fd)) == KM_FD_HIDDEN;
+}
+
+int km_entry_close_range(unsigned first, unsigned last, int flags)
+{
+	unsigned from = first;
+	int err = 0;
+
+	if (km_thread.bypass || first > last || km_load_relaxed(&km_proc.files) == 0 ||
+	    (flags & CLOSE_RANGE_CLOEXEC))
+		if (km_thread.bypass || first > last ||
+		    (flags & (CLOSE_RANGE_CLOEXEC | CLOSE_RANGE_UNSHARE)))
+			return (int)KM_SYS(close_range, first, last, flags, 0, 0, 0);
+	/* Those that the library knows are closed one by one or left alone, and the
+	 * kernel closes the stretches between them. */
+	for (unsigned fd = first; fd <= last && fd < KM_FD_MAX; fd++) {
+		uint64_t entry = km_fd_entry((int)fd);
+
+		if (fd % KM_FD_CHUNK == 0 && !km_fd_chunks[fd / KM_FD_CHUNK]) {
+			fd += KM_FD_CHUNK - 1;
+			continue;
+		}
+		if (!entry)
+			continue;
+		if (fd > from)
+			err = (int)KM_SYS(close_range, from, fd - 1, flags, 0, 0, 0);
+		if (!hidden(fd))
+			km_entry_close((int)fd);
+		from = fd + 1;
+		if (err < 0)
+			return err;
+	}
+	if (from <= last)
+		err = (int)KM_SYS(close_range, from, last, flags, 0, 0, 0);
+	return err;
+}
+
+KM_EXPORT int close_range(unsigned first, unsigned last, int flags)
+{
+	return (int)km_result(km_entry_close_range(first, last, flags));
+}
+
+KM_EXPORT void closefrom(int first)
+{
+	unsigned from = (unsigned)KM_MAX(first, 0);
+
+	if (km_entry_close_range(from, ~0u, 0) == -ENOSYS)
+		for (int fd = (int)from; fd < (int)sysconf(_SC_OPEN_MAX); fd++)
+			km_entry_close(fd);
+}
+
+KM_EXPORT int dup(int fd)
+{
+	int to = KM_REAL(dup)(fd);
+
+	if (to >= 0) {
+		km_fd_forget(to);
+		km_fd_dup(fd, to);
+	}
+	return to;
+}
+
+/* Moves one of the library's own descriptors away from a number that the program
+ * wants.  Every one of them is named in exactly one place. */
+static void make_way(int fd)
+{
+	km_bell_move(fd);
+	km_link_move(fd);
+}
+
+int km_entry_dup2(int from, int to, int flags, bool dup3_)
+{
+	struct km_file *over = NULL;
+	uint64_t entry = km_fd_entry(to);
+	int result;
+
+	if (km_fd_kind(entry) == KM_FD_HIDDEN)
+		make_way(to);
+	/* Nothing happens to a valid descriptor that is put over itself, or when
+	 * the source is not open. */
+	if (from == to || (entry && km_sys_fcntl(from, F_GETFD, 0) < 0))
+		return dup3_ ? KM_REAL(dup3)(from, to, flags) : KM_REAL(dup2)(from, to);
+	if (km_fd_kind(entry) == KM_FD_FILE)
+		over = km_file_close_begin(to);
+	result = dup3_ ? KM_REAL(dup3)(from, to, flags) : KM_REAL(dup2)(from, to);
+	if (over)
+		km_file_close_end(over);
+	if (result >= 0) {
+		km_fd_forget(to);
+		km_fd_dup(from, to);
+	}
+	return result;
+}
+
+KM_EXPORT int dup2(int from, int to)
+{
+	return km_entry_dup2(from, to, 0, false);
+}
+
+KM_EXPORT int __dup2(int from, int to)
+{
+	return km_entry_dup2(from, to, 0, false);
+}
+
+KM_EXPORT int dup3(int from, int to, int flags)
+{
+	return km_entry_dup2(from, to, flags, true);
+}
+
+/* A stream reads and writes its descriptor by libc's own paths, which nobody can
+ * interpose: such a connection belongs to the kernel. */
+KM_EXPORT FILE *fdopen(int fd, const char *mode)
+{
+	struct km_file *f = km_file_of(fd);
+
+	if (f)
+		km_file_pin(f, KM_REASON_FDOPEN);
+	return KM_REAL(fdopen)(fd, mode);
+}
+
+KM_EXPORT int fclose(FILE *stream)
+{
+	int fd = km_load_relaxed(&km_proc.files) ? fileno_unlocked(stream) : -1;
+	struct km_file *f = fd >= 0 ? km_file_of(fd) : NULL;
+	int err;
+
+	if (km_likely(!f))
+		return KM_REAL(fclose)(stream);
+	f = km_file_close_begin(fd);
+	err = KM_REAL(fclose)(stream);
+	km_file_close_end(f);
+	return err;
+}

@@ -1,0 +1,344 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Entry points that carry bytes.  Each looks up whose descriptor it is and hands
+ * on; the substance is in sock/.
+ */
+#include "preload/entry.h"
+
+#include <limits.h>
+#include <string.h>
+
+#define RECV(fd, iov, n, flags)                                                      \
+	(km_bad_iov(iov, n) ? -EFAULT : km_recv(f, fd, iov, n, flags))
+#define SEND(fd, iov, n, flags)                                                      \
+	(km_bad_iov(iov, n) ? -EFAULT : km_send(f, fd, iov, n, flags))
+#define ONE(buf, n)                                                                  \
+	(&(struct iovec){(void *)(uintptr_t)(buf), KM_MIN((size_t)(n), SSIZE_MAX)})
+
+bool km_bad_iov(const struct iovec *iov, int iovcnt)
+{
+	for (int i = 0; i < iovcnt; i++)
+		if (km_bad_pointer(iov[i].iov_base, iov[i].iov_len))
+			return true;
+	return false;
+}
+
+KM_EXPORT ssize_t read(int fd, void *buf, size_t n_)
+{
+	KM_DATA_CALL(fd, KM_IN, KM_REAL(read)(fd, buf, n_), RECV(fd, ONE(buf, n_), 1, 0));
+}
+
+KM_EXPORT ssize_t __read(int fd, void *buf, size_t n_)
+{
+	return read(fd, buf, n_);
+}
+
+KM_EXPORT ssize_t __read_chk(int fd, void *buf, size_t n_, size_t room)
+{
+	KM_DATA_CALL(fd, KM_IN, KM_REAL(__read_chk)(fd, buf, n_, room),
+		     n_ > room ? KM_REAL(__read_chk)(fd, buf, n_, room)
+			       : RECV(fd, ONE(buf, n_), 1, 0));
+}
+
+KM_EXPORT ssize_t write(int fd, const void *buf, size_t n_)
+{
+	KM_DATA_CALL(fd, KM_OUT, KM_REAL(write)(fd, buf, n_),
+		     SEND(fd, ONE(buf, n_), 1, 0));
+}
+
+KM_EXPORT ssize_t __write(int fd, const void *buf, size_t n_)
+{
+	return write(fd, buf, n_);
+}
+
+static bool iov_is_invalid(const struct iovec *iov, int iovcnt)
+{
+	return iovcnt < 0 || iovcnt > IOV_MAX || km_bad_pointer(iov, (size_t)iovcnt);
+}
+
+KM_EXPORT ssize_t readv(int fd, const struct iovec *iov, int iovcnt)
+{
+	/* The kernel names what is wrong with a bad vector, and touches nothing. */
+	KM_DATA_CALL(fd, KM_IN, KM_REAL(readv)(fd, iov, iovcnt),
+		     iov_is_invalid(iov, iovcnt)
+			     ? KM_SYS(readv, fd, iov, iovcnt, 0, 0, 0)
+			     : RECV(fd, iov, iovcnt, 0));
+}
+
+KM_EXPORT ssize_t writev(int fd, const struct iovec *iov, int iovcnt)
+{
+	KM_DATA_CALL(fd, KM_OUT, KM_REAL(writev)(fd, iov, iovcnt),
+		     iov_is_invalid(iov, iovcnt)
+			     ? KM_SYS(writev, fd, iov, iovcnt, 0, 0, 0)
+			     : SEND(fd, iov, iovcnt, 0));
+}
+
+/* On a socket the offset must be -1, which means that there is none. */
+static int rwf_flags(off64_t offset, int flags, ssize_t *err)
+{
+	*err = offset != -1 ? -ESPIPE : flags & ~RWF_NOWAIT ? -EOPNOTSUPP : 0;
+	return flags & RWF_NOWAIT ? MSG_DONTWAIT : 0;
+}
+
+static ssize_t vector_at(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
+			 off64_t offset, int flags, bool out)
+{
+	ssize_t err;
+	int msg_flags = rwf_flags(offset, flags, &err);
+
+	if (err < 0)
+		return err;
+	if (iov_is_invalid(iov, iovcnt))
+		return -EINVAL;
+	return out ? SEND(fd, iov, iovcnt, msg_flags) : RECV(fd, iov, iovcnt, msg_flags);
+}
+
+KM_EXPORT ssize_t preadv64v2(int fd, const struct iovec *iov, int iovcnt, off64_t offset,
+			     int flags)
+{
+	KM_DATA_CALL(fd, KM_IN, KM_REAL(preadv64v2)(fd, iov, iovcnt, offset, flags),
+		     vector_at(f, fd, iov, iovcnt, offset, flags, false));
+}
+
+KM_EXPORT ssize_t preadv2(int fd, const struct iovec *iov, int iovcnt, off_t offset,
+			  int flags)
+{
+	return preadv64v2(fd, iov, iovcnt, offset, flags);
+}
+
+KM_EXPORT ssize_t pwritev64v2(int fd, const struct iovec *iov, int iovcnt,
+			      off64_t offset, int flags)
+{
+	KM_DATA_CALL(fd, KM_OUT, KM_REAL(pwritev64v2)(fd, iov, iovcnt, offset, flags),
+		     vector_at(f, fd, iov, iovcnt, offset, flags, true));
+}
+
+KM_EXPORT ssize_t pwritev2(int fd, const struct iovec *iov, int iovcnt, off_t offset,
+			   int flags)
+{
+	return pwritev64v2(fd, iov, iovcnt, offset, flags);
+}
+
+KM_EXPORT ssize_t recv(int fd, void *buf, size_t n_, int flags)
+{
+	KM_DATA_CALL(fd, KM_IN, KM_REAL(recv)(fd, buf, n_, flags),
+		     RECV(fd, ONE(buf, n_), 1, flags));
+}
+
+KM_EXPORT ssize_t __recv_chk(int fd, void *buf, size_t n_, size_t room, int flags)
+{
+	KM_DATA_CALL(fd, KM_IN, KM_REAL(__recv_chk)(fd, buf, n_, room, flags),
+		     n_ > room ? KM_REAL(__recv_chk)(fd, buf, n_, room, flags)
+			       : RECV(fd, ONE(buf, n_), 1, flags));
+}
+
+/* TCP fills in no address, and leaves the length alone. */
+static ssize_t receive_from(struct km_file *f, int fd, void *buf, size_t n, int flags,
+			    socklen_t *len)
+{
+	ssize_t got = RECV(fd, ONE(buf, n), 1, flags);
+
+	if (got >= 0 && len)
+		*len = 0;
+	return got;
+}
+
+KM_EXPORT ssize_t recvfrom(int fd, void *restrict buf, size_t n_, int flags,
+			   struct sockaddr *restrict addr, socklen_t *restrict len)
+{
+	KM_DATA_CALL(fd, KM_IN, KM_REAL(recvfrom)(fd, buf, n_, flags, addr, len),
+		     receive_from(f, fd, buf, n_, flags, addr ? len : NULL));
+}
+
+KM_EXPORT ssize_t __recvfrom_chk(int fd, void *restrict buf, size_t n_, size_t room,
+				 int flags, struct sockaddr *restrict addr,
+				 socklen_t *restrict len)
+{
+	if (n_ > room)
+		return KM_REAL(__recvfrom_chk)(fd, buf, n_, room, flags, addr, len);
+	return recvfrom(fd, buf, n_, flags, addr, len);
+}
+
+static ssize_t receive_message(struct km_file *f, int fd, struct msghdr *msg, int flags)
+{
+	ssize_t n;
+
+	if (km_bad_pointer(msg, sizeof(*msg)))
+		return -EFAULT;
+	if (msg->msg_iovlen > IOV_MAX)
+		return -EMSGSIZE;
+	if (flags & MSG_ERRQUEUE)
+		return km_sys_recvmsg(fd, msg, flags);
+	n = RECV(fd, msg->msg_iov, (int)msg->msg_iovlen, flags);
+	if (n >= 0) {
+		msg->msg_namelen = 0;
+		msg->msg_controllen = 0;
+		/* What the kernel says for TCP. */
+		msg->msg_flags = flags & MSG_CMSG_CLOEXEC;
+	}
+	return n;
+}
+
+/* Descriptors that arrive may reuse numbers whose close was not seen. */
+static void forget_received(struct msghdr *msg)
+{
+	for (struct cmsghdr *c = CMSG_FIRSTHDR(msg); c; c = CMSG_NXTHDR(msg, c)) {
+		size_t count;
+
+		if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
+			continue;
+		count = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+		for (size_t i = 0; i < count; i++) {
+			int fd;
+
+			memcpy(&fd, CMSG_DATA(c) + i * sizeof(int), sizeof(fd));
+			km_fd_forget(fd);
+		}
+	}
+}
+
+static ssize_t receive_plain(int fd, struct msghdr *msg, int flags)
+{
+	ssize_t n = KM_REAL(recvmsg)(fd, msg, flags);
+
+	if (n >= 0 && msg->msg_controllen && km_load_relaxed(&km_proc.files))
+		forget_received(msg);
+	return n;
+}
+
+KM_EXPORT ssize_t recvmsg(int fd, struct msghdr *msg, int flags)
+{
+	KM_DATA_CALL(fd, KM_IN, receive_plain(fd, msg, flags),
+		     receive_message(f, fd, msg, flags));
+}
+
+KM_EXPORT ssize_t send(int fd, const void *buf, size_t n_, int flags)
+{
+	KM_DATA_CALL(fd, KM_OUT, KM_REAL(send)(fd, buf, n_, flags),
+		     SEND(fd, ONE(buf, n_), 1, flags));
+}
+
+KM_EXPORT ssize_t __send(int fd, const void *buf, size_t n_, int flags)
+{
+	return send(fd, buf, n_, flags);
+}
+
+KM_EXPORT ssize_t sendto(int fd, const void *buf, size_t n_, int flags,
+			 const struct sockaddr *addr, socklen_t len)
+{
+	/* A connected TCP socket ignores the address. */
+	KM_DATA_CALL(fd, KM_OUT, KM_REAL(sendto)(fd, buf, n_, flags, addr, len),
+		     SEND(fd, ONE(buf, n_), 1, flags));
+}
+
+static ssize_t send_message(struct km_file *f, int fd, const struct msghdr *msg,
+			    int flags)
+{
+	if (km_bad_pointer(msg, sizeof(*msg)))
+		return -EFAULT;
+	if (msg->msg_iovlen > IOV_MAX)
+		return -EMSGSIZE;
+	return SEND(fd, msg->msg_iov, (int)msg->msg_iovlen, flags);
+}
+
+KM_EXPORT ssize_t sendmsg(int fd, const struct msghdr *msg, int flags)
+{
+	KM_DATA_CALL(fd, KM_OUT, KM_REAL(sendmsg)(fd, msg, flags),
+		     send_message(f, fd, msg, flags));
+}
+
+static int receive_many(int fd, struct mmsghdr *msgs, unsigned count, int flags,
+			const struct timespec *timeout)
+{
+	int64_t deadline = timeout ? km_now_ns() + timeout->tv_sec * 1000000000LL +
+					     timeout->tv_nsec
+				   : -1;
+	unsigned i;
+
+	for (i = 0; i < count; i++) {
+		int more = i && (flags & MSG_WAITFORONE) ? MSG_DONTWAIT : 0;
+		ssize_t n = recvmsg(fd, &msgs[i].msg_hdr,
+				    (flags & ~MSG_WAITFORONE) | more);
+
+		if (n < 0)
+			return i ? (int)i : -1;
+		msgs[i].msg_len = (unsigned)n;
+		if (n == 0 || (deadline >= 0 && km_now_ns() >= deadline))
+			return (int)i + 1;
+	}
+	return (int)i;
+}
+
+KM_EXPORT int recvmmsg(int fd, struct mmsghdr *msgs, unsigned count, int flags,
+		       struct timespec *timeout)
+{
+	struct km_file *f = km_file_of(fd);
+
+	if (!f || km_load_acquire(&f->mode) == KM_MODE_PINNED)
+		return KM_REAL(recvmmsg)(fd, msgs, count, flags, timeout);
+	return receive_many(fd, msgs, count, flags, timeout);
+}
+
+KM_EXPORT int sendmmsg(int fd, struct mmsghdr *msgs, unsigned count, int flags)
+{
+	struct km_file *f = km_file_of(fd);
+	unsigned i;
+
+	if (!f || km_load_acquire(&f->mode) == KM_MODE_PINNED)
+		return KM_REAL(sendmmsg)(fd, msgs, count, flags);
+	for (i = 0; i < count; i++) {
+		ssize_t n = sendmsg(fd, &msgs[i].msg_hdr, flags);
+
+		if (n < 0)
+			return i ? (int)i : -1;
+		msgs[i].msg_len = (unsigned)n;
+	}
+	return (int)i;
+}
+
+KM_EXPORT ssize_t sendfile64(int fd, int in, off64_t *offset, size_t count)
+{
+	KM_DATA_CALL(fd, KM_OUT, KM_REAL(sendfile64)(fd, in, offset, count),
+		     km_sendfile(f, fd, in, offset, KM_MIN(count, 0x7ffff000u)));
+}
+
+KM_EXPORT ssize_t sendfile(int fd, int in, off_t *offset, size_t count)
+{
+	_Static_assert(sizeof(off_t) == sizeof(off64_t), "32-bit files");
+	return sendfile64(fd, in, offset, count);
+}
+
+static ssize_t splice_from(int in, loff_t *in_offset, int out, loff_t *out_offset,
+			   size_t count, unsigned flags)
+{
+	KM_DATA_CALL(in, KM_IN,
+		     KM_REAL(splice)(in, in_offset, out, out_offset, count, flags),
+		     in_offset ? -ESPIPE : km_splice_out(f, in, out, count, flags));
+}
+
+KM_EXPORT ssize_t splice(int in, loff_t *in_offset, int out, loff_t *out_offset,
+			 size_t count, unsigned flags)
+{
+	if (km_file_of(in))
+		return splice_from(in, in_offset, out, out_offset, count, flags);
+	KM_DATA_CALL(out, KM_OUT,
+		     KM_REAL(splice)(in, in_offset, out, out_offset, count, flags),
+		     out_offset ? -ESPIPE : km_splice_in(f, out, in, count, flags));
+}
+
+/* Pipes and regular files only: the kernel refuses sockets by itself. */
+KM_EXPORT ssize_t tee(int in, int out, size_t count, unsigned flags)
+{
+	return KM_REAL(tee)(in, out, count, flags);
+}
+
+KM_EXPORT ssize_t vmsplice(int fd, const struct iovec *iov, size_t count, unsigned flags)
+{
+	return KM_REAL(vmsplice)(fd, iov, count, flags);
+}
+
+KM_EXPORT ssize_t copy_file_range(int in, off64_t *in_offset, int out,
+				  off64_t *out_offset, size_t count, unsigned flags)
+{
+	return KM_REAL(copy_file_range)(in, in_offset, out, out_offset, count, flags);
+}

@@ -1,0 +1,136 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* fork and system calls by number; vfork is in vfork.S. */
+#include "preload/entry.h"
+
+#include <stdarg.h>
+
+#include "event/event.h"
+#include "preload/fork.h"
+
+KM_EXPORT pid_t fork(void)
+{
+	pid_t pid = KM_REAL(fork)();
+
+	/* The handlers of fork.c ran; only here is it known that there is no child. */
+	if (pid < 0)
+		km_file_fork_failed();
+	return pid;
+}
+
+KM_EXPORT pid_t __fork(void)
+{
+	return fork();
+}
+
+/* Runs no handlers of the program's, but must run ours. */
+KM_EXPORT pid_t _Fork(void)
+{
+	pid_t pid;
+
+	km_fork_prepare();
+	pid = KM_REAL(_Fork) ? KM_REAL(_Fork)()
+			     : (pid_t)km_result(KM_SYS(clone, SIGCHLD, 0, 0, 0, 0, 0));
+	if (pid == 0)
+		km_fork_child();
+	else
+		km_fork_parent();
+	if (pid < 0)
+		km_file_fork_failed();
+	return pid;
+}
+
+#define SYS_IO_URING_SETUP 425
+
+/* Programs that know the number rather than the name (libuv closes like this). */
+KM_EXPORT long syscall(long number, ...)
+{
+	va_list args;
+	long a, b, c, d, e, f;
+
+	va_start(args, number);
+	a = va_arg(args, long);
+	b = va_arg(args, long);
+	c = va_arg(args, long);
+	d = va_arg(args, long);
+	e = va_arg(args, long);
+	f = va_arg(args, long);
+	va_end(args);
+#define FD ((int)a)
+#define PTR(x) ((void *)(x))
+	switch (number) {
+	case SYS_read:
+		return read(FD, PTR(b), (size_t)c);
+	case SYS_write:
+		return write(FD, PTR(b), (size_t)c);
+	case SYS_readv:
+		return readv(FD, PTR(b), (int)c);
+	case SYS_writev:
+		return writev(FD, PTR(b), (int)c);
+	case SYS_close:
+		return close(FD);
+#ifdef SYS_close_range
+	case SYS_close_range:
+		return km_result(km_entry_close_range((unsigned)a, (unsigned)b, (int)c));
+#endif
+	case SYS_dup:
+		return dup(FD);
+#ifdef SYS_dup2
+	case SYS_dup2:
+		return dup2(FD, (int)b);
+#endif
+	case SYS_dup3:
+		return dup3(FD, (int)b, (int)c);
+	case SYS_fcntl:
+		return km_entry_fcntl(FD, (int)b, PTR(c));
+	case SYS_ioctl:
+		return km_entry_ioctl(FD, (unsigned long)b, PTR(c));
+	case SYS_socket:
+		return socket(FD, (int)b, (int)c);
+	case SYS_connect:
+		return connect(FD, PTR(b), (socklen_t)c);
+	case SYS_accept:
+		return accept(FD, PTR(b), PTR(c));
+	case SYS_accept4:
+		return accept4(FD, PTR(b), PTR(c), (int)d);
+	case SYS_listen:
+		return listen(FD, (int)b);
+	case SYS_shutdown:
+		return shutdown(FD, (int)b);
+	case SYS_setsockopt:
+		return setsockopt(FD, (int)b, (int)c, PTR(d), (socklen_t)e);
+	case SYS_recvfrom:
+		return recvfrom(FD, PTR(b), (size_t)c, (int)d, PTR(e), PTR(f));
+	case SYS_sendto:
+		return sendto(FD, PTR(b), (size_t)c, (int)d, PTR(e), (socklen_t)f);
+	case SYS_recvmsg:
+		return recvmsg(FD, PTR(b), (int)c);
+	case SYS_sendmsg:
+		return sendmsg(FD, PTR(b), (int)c);
+	case SYS_sendfile:
+		return sendfile(FD, (int)b, PTR(c), (size_t)d);
+#ifdef SYS_poll
+	case SYS_poll:
+		return poll(PTR(a), (nfds_t)b, (int)c);
+#endif
+#ifdef SYS_epoll_wait
+	case SYS_epoll_wait:
+		return epoll_wait(FD, PTR(b), (int)c, (int)d);
+#endif
+	case SYS_epoll_pwait:
+		return epoll_pwait(FD, PTR(b), (int)c, (int)d, PTR(e));
+	case SYS_epoll_ctl:
+		return epoll_ctl(FD, (int)b, (int)c, PTR(d));
+	case SYS_IO_URING_SETUP:
+		/* Registrations made through a ring of the kernel's would not be
+		 * seen; programs that ask like this all know life without it. */
+		if (km_proc.disabled)
+			break;
+		km_count(KM_COUNT_IO_URING_REFUSED);
+		return km_result(-ENOSYS);
+	default:
+		break;
+	}
+#undef FD
+#undef PTR
+	return KM_REAL(syscall)(number, a, b, c, d, e, f);
+}

@@ -1,0 +1,275 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Entry points that make sockets, connect them and set them up. */
+#include "preload/entry.h"
+
+#include <linux/sockios.h>
+#include <linux/tcp.h>
+#include <netinet/in.h>
+#include <stdarg.h>
+#include <sys/ioctl.h>
+
+#include "event/event.h"
+
+static bool is_inet(int family)
+{
+	return family == AF_INET || family == AF_INET6;
+}
+
+KM_EXPORT int socket(int domain, int type, int protocol)
+{
+	int fd = KM_REAL(socket)(domain, type, protocol);
+
+	if (km_unlikely(fd >= 0 && is_inet(domain) && !km_proc.disabled &&
+			(type & 0xf) == SOCK_STREAM &&
+			(protocol == 0 || protocol == IPPROTO_TCP)))
+		km_file_new(fd, KM_ROLE_UNKNOWN);
+	else if (fd >= 0)
+		km_fd_forget(fd);
+	return fd;
+}
+
+KM_EXPORT int socketpair(int domain, int type, int protocol, int fds[2])
+{
+	int err = KM_REAL(socketpair)(domain, type, protocol, fds);
+
+	if (err == 0) {
+		km_fd_forget(fds[0]);
+		km_fd_forget(fds[1]);
+	}
+	return err;
+}
+
+KM_EXPORT int connect(int fd, const struct sockaddr *addr, socklen_t len)
+{
+	struct km_file *f = km_file_of(fd);
+
+	if (f && f->role == KM_ROLE_UNKNOWN)
+		f->role = KM_ROLE_CONNECTOR;
+	return KM_REAL(connect)(fd, addr, len);
+}
+
+KM_EXPORT int __connect(int fd, const struct sockaddr *addr, socklen_t len)
+{
+	return connect(fd, addr, len);
+}
+
+/* A new descriptor of a listener; its family is known from what the caller was
+ * told, or else asked. */
+static void accepted(int fd, const struct sockaddr *addr, const socklen_t *len,
+		     socklen_t room)
+{
+	int family = AF_UNSPEC;
+
+	if (km_proc.disabled) {
+		return;
+	} else if (addr && len && *len >= sizeof(addr->sa_family) &&
+		   room >= sizeof(addr->sa_family)) {
+		family = addr->sa_family;
+	} else {
+		socklen_t size = sizeof(family);
+
+		km_sys_getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &family, &size);
+	}
+	if (is_inet(family))
+		km_file_new(fd, KM_ROLE_ACCEPTOR);
+	else
+		km_fd_forget(fd);
+}
+
+KM_EXPORT int accept(int fd, struct sockaddr *restrict addr, socklen_t *restrict len)
+{
+	socklen_t room = addr && len && !km_bad_pointer(len, sizeof(*len)) ? *len : 0;
+	int got = KM_REAL(accept)(fd, addr, len);
+
+	if (got >= 0)
+		accepted(got, addr, len, room);
+	return got;
+}
+
+KM_EXPORT int accept4(int fd, struct sockaddr *restrict addr, socklen_t *restrict len,
+		      int flags)
+{
+	socklen_t room = addr && len && !km_bad_pointer(len, sizeof(*len)) ? *len : 0;
+	int got = KM_REAL(accept4)(fd, addr, len, flags);
+
+	if (got >= 0)
+		accepted(got, addr, len, room);
+	return got;
+}
+
+KM_EXPORT int bind(int fd, const struct sockaddr *addr, socklen_t len)
+{
+	return KM_REAL(bind)(fd, addr, len);
+}
+
+KM_EXPORT int listen(int fd, int backlog)
+{
+	int err = KM_REAL(listen)(fd, backlog);
+	struct km_file *f = km_file_of(fd);
+
+	/* A listener carries no bytes. */
+	if (err == 0 && f)
+		km_file_pin(f, KM_REASON_NONE);
+	return err;
+}
+
+KM_EXPORT int shutdown(int fd, int how)
+{
+	struct km_file *f = km_file_of(fd);
+
+	if (f && km_load_acquire(&f->mode) == KM_MODE_CHANNEL && how >= SHUT_RD &&
+	    how <= SHUT_RDWR) {
+		int err = km_stream_shutdown(f, fd, how);
+
+		if (err != KM_RETRY)
+			return (int)km_result(err);
+	} else if (f) {
+		km_file_pin(f, KM_REASON_HALF_CLOSED);
+	}
+	return KM_REAL(shutdown)(fd, how);
+}
+
+/* Options that a ring cannot honour keep the connection on the kernel. */
+static bool needs_kernel(int level, int name)
+{
+	if (level == IPPROTO_TCP)
+		return name == TCP_ULP || name == TCP_REPAIR;
+	return level == SOL_SOCKET && name == SO_ZEROCOPY;
+}
+
+/* What the library goes by itself. */
+static void note_option(struct km_file *f, int name, const void *value, socklen_t len)
+{
+	if (name == SO_RCVTIMEO || name == SO_SNDTIMEO)
+		km_or_seq(&f->conn->flags, KM_CONN_TIMEOUTS);
+	if (name == SO_RCVLOWAT && len >= sizeof(int)) {
+		f->conn->lowat = *(const int *)value;
+		km_event_news(f);
+	}
+}
+
+KM_EXPORT int setsockopt(int fd, int level, int name, const void *value, socklen_t len)
+{
+	struct km_file *f = km_file_of(fd);
+	int err;
+
+	if (km_unlikely(f && needs_kernel(level, name)))
+		km_file_pin(f, KM_REASON_OPTION);
+	err = KM_REAL(setsockopt)(fd, level, name, value, len);
+	if (km_unlikely(err == 0 && f && level == SOL_SOCKET && f->conn))
+		note_option(f, name, value, len);
+	return err;
+}
+
+KM_EXPORT int getsockopt(int fd, int level, int name, void *restrict value,
+			 socklen_t *restrict len)
+{
+	return KM_REAL(getsockopt)(fd, level, name, value, len);
+}
+
+KM_EXPORT int getsockname(int fd, struct sockaddr *restrict addr,
+			  socklen_t *restrict len)
+{
+	return KM_REAL(getsockname)(fd, addr, len);
+}
+
+KM_EXPORT int getpeername(int fd, struct sockaddr *restrict addr,
+			  socklen_t *restrict len)
+{
+	return KM_REAL(getpeername)(fd, addr, len);
+}
+
+static void note_nonblock(struct km_file *f, bool on)
+{
+	struct km_conn *conn = f->conn;
+
+	if (!conn)
+		return;
+	if (on)
+		km_or_seq(&conn->flags, KM_CONN_NONBLOCK);
+	else
+		km_and_seq(&conn->flags, ~KM_CONN_NONBLOCK);
+}
+
+int km_entry_ioctl(int fd, unsigned long request, void *arg)
+{
+	struct km_file *f = km_file_of(fd);
+	int err;
+
+	if (km_likely(!f) || km_load_acquire(&f->mode) != KM_MODE_CHANNEL)
+		return KM_REAL(ioctl)(fd, request, arg);
+	if (request == SIOCINQ || request == SIOCOUTQ) {
+		if (km_bad_pointer(arg, sizeof(int)))
+			return (int)km_result(-EFAULT);
+		err = request == SIOCINQ ? km_stream_inq(f, fd, arg)
+					 : km_stream_outq(f, fd, arg);
+		return err == KM_RETRY ? KM_REAL(ioctl)(fd, request, arg)
+				       : (int)km_result(err);
+	}
+	err = KM_REAL(ioctl)(fd, request, arg);
+	if (request == FIONBIO && err == 0)
+		note_nonblock(f, *(int *)arg != 0);
+	return err;
+}
+
+KM_EXPORT int ioctl(int fd, unsigned long request, ...)
+{
+	va_list args;
+	void *arg;
+
+	va_start(args, request);
+	arg = va_arg(args, void *);
+	va_end(args);
+	return km_entry_ioctl(fd, request, arg);
+}
+
+int km_entry_fcntl(int fd, int cmd, void *arg)
+{
+	int result = KM_REAL(fcntl)(fd, cmd, arg);
+	struct km_file *f;
+
+	if (result < 0)
+		return result;
+	if (cmd == F_DUPFD || cmd == F_DUPFD_CLOEXEC) {
+		km_fd_forget(result);
+		km_fd_dup(fd, result);
+	} else if (cmd == F_SETFL) {
+		f = km_file_of(fd);
+		if (f)
+			note_nonblock(f, (uintptr_t)arg & O_NONBLOCK);
+	}
+	return result;
+}
+
+KM_EXPORT int fcntl(int fd, int cmd, ...)
+{
+	va_list args;
+	void *arg;
+
+	va_start(args, cmd);
+	arg = va_arg(args, void *);
+	va_end(args);
+	return km_entry_fcntl(fd, cmd, arg);
+}
+
+KM_EXPORT int fcntl64(int fd, int cmd, ...)
+{
+	va_list args;
+	void *arg;
+
+	va_start(args, cmd);
+	arg = va_arg(args, void *);
+	va_end(args);
+	return km_entry_fcntl(fd, cmd, arg);
+}
+
+KM_EXPORT int __fcntl(int fd, int cmd, ...)
+{
+	va_list args;
+	void *arg;
+
+	va_start(args, cmd);
+	arg = va_arg(args, void *);
+	va_end(args);
+	return km_entry_fcntl(fd, cmd, arg);
+}

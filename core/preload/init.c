@@ -1,0 +1,78 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The library's start, and its part in fork. */
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+
+#include "event/event.h"
+#include "fd/file.h"
+#include "preload/fork.h"
+
+static bool forking; /* under link_lock */
+static pthread_key_t thread_key;
+static pthread_once_t thread_once = PTHREAD_ONCE_INIT;
+
+void km_fork_prepare(void)
+{
+	if (km_load_relaxed(&km_proc.files) == 0)
+		return;
+	km_file_fork_prepare();
+	forking = true;
+}
+
+void km_fork_parent(void)
+{
+	if (!forking)
+		return;
+	forking = false;
+	km_file_fork_parent();
+}
+
+void km_fork_child(void)
+{
+	km_thread.tid = 0;
+	if (!forking)
+		return;
+	forking = false;
+	/* The hidden set is the parent's: one epoll set must not serve two. */
+	if (km_thread.epfd >= 0)
+		km_fd_unhide(km_thread.epfd);
+	km_thread.epfd = -1;
+	km_thread.bells = 0;
+	km_file_fork_child();
+	km_conn_fork_child();
+	km_event_fork_child();
+}
+
+static void end_thread(void *value)
+{
+	(void)value;
+	km_fd_unhide(km_thread.epfd);
+	km_thread.epfd = -1;
+	km_thread.bells = 0;
+}
+
+static void make_key(void)
+{
+	pthread_key_create(&thread_key, end_thread);
+}
+
+void km_thread_cleanup(void)
+{
+	pthread_once(&thread_once, make_key);
+	pthread_setspecific(thread_key, &km_thread);
+}
+
+__attribute__((constructor(101))) static void start(void)
+{
+	int saved = errno;
+
+	km_resolve();
+	km_options_init();
+	/* Cookies with the top bit set are no pointer and no small number. */
+	km_sys_getrandom(&km_proc.magic, sizeof(km_proc.magic));
+	km_proc.magic |= 0x80000000u;
+	if (!km_proc.disabled)
+		pthread_atfork(km_fork_prepare, km_fork_parent, km_fork_child);
+	errno = saved;
+}

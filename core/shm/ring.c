@@ -1,0 +1,275 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "shm/ring.h"
+
+#include <errno.h>
+#include <string.h>
+
+void km_ring_geometry_init(struct km_ring_geometry *geo, uint32_t ring_size)
+{
+	uint32_t size = KM_MIN(ring_size, KM_RING_FIRST);
+
+	geo->levels = 0;
+	geo->bytes = 0;
+	for (;;) {
+		geo->size[geo->levels] = size;
+		geo->offset[geo->levels] = geo->bytes;
+		geo->bytes += size;
+		geo->levels++;
+		if (size == ring_size)
+			return;
+		/* The last level takes what is left, whatever the step. */
+		size = geo->levels == KM_RING_LEVELS - 1
+			       ? ring_size
+			       : KM_MIN(size * KM_RING_STEP, ring_size);
+	}
+}
+
+void km_producer_init(struct km_producer *p, struct km_wire_ring *wire, void *data,
+		      uint32_t ring_size)
+{
+	memset(p, 0, sizeof(*p));
+	p->wire = wire;
+	p->data = data;
+	km_ring_geometry_init(&p->geo, ring_size);
+	p->size = p->geo.size[0];
+	p->base = p->data;
+}
+
+void km_consumer_init(struct km_consumer *c, struct km_wire_ring *wire, void *data,
+		      uint32_t ring_size)
+{
+	memset(c, 0, sizeof(*c));
+	c->wire = wire;
+	c->data = data;
+	km_ring_geometry_init(&c->geo, ring_size);
+	c->size = c->geo.size[0];
+	c->base = c->data;
+}
+
+/* Reads the consumer's position; it must lie in what this end has written. */
+static int see_space(struct km_producer *p)
+{
+	uint64_t r = km_load_sync(SEE_SPACE, &p->wire->rpos);
+
+	if (km_unlikely(p->w - r > p->geo.size[p->geo.levels - 1] || r < p->r))
+		return -EPROTO;
+	p->r = r;
+	return 0;
+}
+
+static uint64_t free_space(const struct km_producer *p)
+{
+	uint64_t used = p->w - p->r;
+
+	/* After growth, bytes of the smaller level may still be unread; they count
+	 * against the larger one, which is more than strictly needed. */
+	return used >= p->size ? 0 : p->size - used;
+}
+
+static void grow(struct km_producer *p)
+{
+	/* Relaxed: the store of wpos that publishes bytes beyond this position
+	 * releases it. */
+	km_store_relaxed(&p->wire->grow_at[p->level], p->w + 1);
+	p->level++;
+	p->size = p->geo.size[p->level];
+	p->base = p->data + p->geo.offset[p->level];
+}
+
+/* Makes room for want bytes if that can be had. */
+static int make_room(struct km_producer *p, uint64_t want)
+{
+	if (km_likely(free_space(p) >= want))
+		return 0;
+	if (see_space(p) < 0)
+		return -EPROTO;
+	while (free_space(p) < want && p->level + 1 < p->geo.levels)
+		grow(p);
+	return 0;
+}
+
+static void copy_in(struct km_producer *p, uint64_t at, const uint8_t *from, size_t n)
+{
+	size_t pos = at & (p->size - 1);
+	size_t first = KM_MIN(n, p->size - pos);
+
+	memcpy(p->base + pos, from, first);
+	if (km_unlikely(first < n))
+		memcpy(p->base, from + first, n - first);
+}
+
+ssize_t km_ring_write(struct km_producer *p, const struct iovec *iov, int iovcnt)
+{
+	uint64_t want = 0, room, at = p->w;
+
+	for (int i = 0; i < iovcnt; i++)
+		want += iov[i].iov_len;
+	if (make_room(p, want) < 0)
+		return -EPROTO;
+	room = free_space(p);
+	for (int i = 0; i < iovcnt && room; i++) {
+		size_t n = KM_MIN(iov[i].iov_len, room);
+
+		if (n)
+			copy_in(p, at, iov[i].iov_base, n);
+		at += n;
+		room -= n;
+	}
+	if (at == p->w)
+		return 0;
+	want = at - p->w;
+	p->w = at;
+	km_store_sync(PUBLISH, &p->wire->wpos, at);
+	return (ssize_t)want;
+}
+
+ssize_t km_ring_space(struct km_producer *p, uint8_t **at)
+{
+	uint64_t pos, room;
+
+	if (make_room(p, p->geo.size[p->geo.levels - 1] / 2) < 0)
+		return -EPROTO;
+	room = free_space(p);
+	pos = p->w & (p->size - 1);
+	*at = p->base + pos;
+	return (ssize_t)KM_MIN(room, p->size - pos);
+}
+
+void km_ring_produced(struct km_producer *p, size_t n)
+{
+	p->w += n;
+	km_store_sync(PUBLISH, &p->wire->wpos, p->w);
+}
+
+/* Reads the producer's position; no more may wait than the largest level. */
+static int see_bytes(struct km_consumer *c)
+{
+	uint64_t w = km_load_sync(OBSERVE, &c->wire->wpos);
+
+	if (km_unlikely(w - c->r > c->geo.size[c->geo.levels - 1]))
+		return -EPROTO;
+	c->w = w;
+	return 0;
+}
+
+/*
+ * How many bytes at position at lie in the current level: moves on to the next
+ * level when this one ends there.  Level, size and base are in/out.
+ */
+static int64_t in_level(const struct km_consumer *c, uint64_t at, uint32_t *level)
+{
+	while (*level + 1 < c->geo.levels) {
+		/* Relaxed: OBSERVE on wpos ordered it before bytes beyond it. */
+		uint64_t ends = km_load_relaxed(&c->wire->grow_at[*level]);
+
+		if (ends == 0)
+			break;
+		ends--;
+		if (km_unlikely(ends < at))
+			return -EPROTO;
+		if (ends > at)
+			return (int64_t)KM_MIN(c->w - at, ends - at);
+		if (c->w == at)
+			break;
+		++*level;
+	}
+	return (int64_t)(c->w - at);
+}
+
+static void enter_level(struct km_consumer *c, uint32_t level)
+{
+	c->level = level;
+	c->size = c->geo.size[level];
+	c->base = c->data + c->geo.offset[level];
+}
+
+ssize_t km_ring_read(struct km_consumer *c, const struct iovec *iov, int iovcnt,
+		     bool peek)
+{
+	uint64_t at = c->r;
+	uint32_t level = c->level;
+	int i = 0;
+	size_t done = 0; /* in iov[i] */
+
+	if (see_bytes(c) < 0)
+		return -EPROTO;
+	while (i < iovcnt && at < c->w) {
+		int64_t here = in_level(c, at, &level);
+		uint32_t size = c->geo.size[level];
+		const uint8_t *base = c->data + c->geo.offset[level];
+		size_t pos = at & (size - 1), n;
+
+		if (km_unlikely(here < 0))
+			return -EPROTO;
+		n = KM_MIN((size_t)here, iov[i].iov_len - done);
+		n = KM_MIN(n, size - pos);
+		if (n && iov[i].iov_base)
+			memcpy((uint8_t *)iov[i].iov_base + done, base + pos, n);
+		at += n;
+		done += n;
+		if (done == iov[i].iov_len) {
+			i++;
+			done = 0;
+		}
+	}
+	if (at == c->r)
+		return 0;
+	done = at - c->r;
+	if (!peek) {
+		if (level != c->level)
+			enter_level(c, level);
+		c->r = at;
+		km_store_sync(RELEASE_SPACE, &c->wire->rpos, at);
+	}
+	return (ssize_t)done;
+}
+
+ssize_t km_ring_bytes(struct km_consumer *c, const uint8_t **at)
+{
+	uint32_t level = c->level;
+	int64_t here;
+	size_t pos;
+
+	if (see_bytes(c) < 0)
+		return -EPROTO;
+	here = in_level(c, c->r, &level);
+	if (here < 0)
+		return -EPROTO;
+	if (level != c->level)
+		enter_level(c, level);
+	pos = c->r & (c->size - 1);
+	*at = c->base + pos;
+	return (ssize_t)KM_MIN((size_t)here, c->size - pos);
+}
+
+void km_ring_consumed(struct km_consumer *c, size_t n)
+{
+	c->r += n;
+	km_store_sync(RELEASE_SPACE, &c->wire->rpos, c->r);
+}
+
+int64_t km_ring_readable(struct km_consumer *c)
+{
+	if (see_bytes(c) < 0)
+		return -EPROTO;
+	return (int64_t)(c->w - c->r);
+}
+
+int64_t km_ring_writable(struct km_producer *p)
+{
+	uint64_t used;
+
+	if (see_space(p) < 0)
+		return -EPROTO;
+	used = p->w - p->r;
+	if (used >= p->geo.size[p->geo.levels - 1])
+		return 0;
+	return (int64_t)(p->geo.size[p->geo.levels - 1] - used);
+}
+
+int64_t km_ring_unread(struct km_producer *p)
+{
+	if (see_space(p) < 0)
+		return -EPROTO;
+	return (int64_t)(p->w - p->r);
+}

@@ -1,0 +1,94 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A single-producer single-consumer byte ring in shared memory.
+ *
+ * Positions count bytes for ever; the byte at position p of a level of size s
+ * lies at p & (s - 1) of that level's area.  A ring starts at its first level;
+ * a producer that runs out of space moves on to the next level from its present
+ * position on, and the consumer follows when it reaches that position.
+ *
+ * The producer and consumer structures are private to one end (shared with its
+ * forked children at most) and hold this end's own copy of every size; nothing
+ * that the peer can write is used to form an address without a check.
+ *
+ * None of these calls blocks or makes a system call.  One thread at a time may
+ * use a producer, and one a consumer: callers hold their direction's lock.
+ * They are safe in signal handlers as long as that lock is.
+ */
+#ifndef KM_RING_H
+#define KM_RING_H
+
+#include <stdbool.h>
+#include <sys/uio.h>
+
+#include "shm/wire.h"
+
+struct km_ring_geometry {
+	uint32_t levels;
+	uint32_t size[KM_RING_LEVELS];	 /* bytes, powers of two */
+	uint32_t offset[KM_RING_LEVELS]; /* from the start of the ring's data */
+	uint32_t bytes;			 /* of all levels */
+};
+
+struct km_producer {
+	struct km_wire_ring *wire;
+	uint8_t *data;	/* this ring's data area */
+	uint64_t w;	/* own position */
+	uint64_t r;	/* consumer's position as last seen */
+	uint32_t level; /* index in geometry */
+	uint32_t size;	/* of the level */
+	uint8_t *base;	/* of the level */
+	struct km_ring_geometry geo;
+};
+
+struct km_consumer {
+	struct km_wire_ring *wire;
+	uint8_t *data;
+	uint64_t r; /* own position */
+	uint64_t w; /* producer's position as last seen */
+	uint32_t level;
+	uint32_t size;
+	uint8_t *base;
+	struct km_ring_geometry geo;
+};
+
+/* Levels for rings that grow to ring_size bytes (a power of two). */
+void km_ring_geometry_init(struct km_ring_geometry *geo, uint32_t ring_size);
+void km_producer_init(struct km_producer *p, struct km_wire_ring *wire, void *data,
+		      uint32_t ring_size);
+void km_consumer_init(struct km_consumer *c, struct km_wire_ring *wire, void *data,
+		      uint32_t ring_size);
+
+/*
+ * Copies as much of iov as fits, growing the ring if that helps, and publishes
+ * it with one store.  Returns the count, 0 when full, -EPROTO when the consumer
+ * published an impossible position.
+ */
+ssize_t km_ring_write(struct km_producer *p, const struct iovec *iov, int iovcnt);
+
+/*
+ * Copies up to what iov holds and frees its space; with peek it frees nothing.
+ * A NULL base discards.  Returns the count, 0 when empty, -EPROTO when the
+ * producer published an impossible position.
+ */
+ssize_t km_ring_read(struct km_consumer *c, const struct iovec *iov, int iovcnt,
+		     bool peek);
+
+/*
+ * The next contiguous piece of free space / of waiting bytes, for callers that
+ * fill or drain it themselves, and the calls that say how much of it was used.
+ * Return its length, 0 when full / empty, -EPROTO.
+ */
+ssize_t km_ring_space(struct km_producer *p, uint8_t **at);
+void km_ring_produced(struct km_producer *p, size_t n);
+ssize_t km_ring_bytes(struct km_consumer *c, const uint8_t **at);
+void km_ring_consumed(struct km_consumer *c, size_t n);
+
+/* Bytes waiting (all levels), as published now, or -EPROTO. */
+int64_t km_ring_readable(struct km_consumer *c);
+/* Space the producer could use now, growth included, or -EPROTO. */
+int64_t km_ring_writable(struct km_producer *p);
+/* Bytes the consumer has not taken yet, or -EPROTO. */
+int64_t km_ring_unread(struct km_producer *p);
+
+#endif

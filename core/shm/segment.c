@@ -1,0 +1,124 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "shm/segment.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+
+#include "base/sys.h"
+
+#define SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
+#define RING_SIZE_MIN 4096u
+#define RING_SIZE_MAX (16u << 20)
+
+size_t km_segment_size(uint32_t ring_size)
+{
+	struct km_ring_geometry geo;
+
+	km_ring_geometry_init(&geo, ring_size);
+	return KM_WIRE_HEADER + 2 * (size_t)geo.bytes;
+}
+
+static bool ring_size_is_valid(uint32_t size)
+{
+	return size >= RING_SIZE_MIN && size <= RING_SIZE_MAX &&
+	       (size & (size - 1)) == 0;
+}
+
+int km_segment_create(struct km_segment *seg, uint32_t ring_size, int *fd_out)
+{
+	struct km_wire_segment *wire;
+	size_t size;
+	int fd, err;
+
+	if (!ring_size_is_valid(ring_size))
+		return -EINVAL;
+	size = km_segment_size(ring_size);
+	fd = km_sys_memfd_create("kmap-segment", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+	if (fd < 0)
+		return fd;
+	err = km_sys_ftruncate(fd, (int64_t)size);
+	if (err == 0)
+		err = km_sys_fcntl(fd, F_ADD_SEALS, SEALS);
+	if (err < 0) {
+		km_sys_close(fd);
+		return err;
+	}
+	wire = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	if (wire == MAP_FAILED) {
+		err = -errno;
+		km_sys_close(fd);
+		return err;
+	}
+	wire->magic = KM_WIRE_MAGIC;
+	wire->version = KM_WIRE_VERSION;
+	wire->header_size = KM_WIRE_HEADER;
+	wire->ring_size = ring_size;
+	km_sys_getrandom(wire->token, sizeof(wire->token));
+	km_store_sync(ATTACH_SET, &wire->state, KM_SEG_HELLO);
+	seg->wire = wire;
+	seg->size = size;
+	seg->ring_size = ring_size;
+	*fd_out = fd;
+	return 0;
+}
+
+int km_segment_attach(struct km_segment *seg, int fd)
+{
+	struct km_wire_segment *wire;
+	struct stat st;
+	uint32_t ring_size;
+	int seals = km_sys_fcntl(fd, F_GET_SEALS, 0);
+	int err = 0;
+
+	if (seals == -EINVAL)
+		return -EPERM; /* not a memfd: it cannot be sealed */
+	if (seals < 0)
+		return seals;
+	if ((seals & SEALS) != SEALS || (seals & F_SEAL_WRITE))
+		return -EPERM;
+	if (km_sys_fstat(fd, &st) < 0 || st.st_size < (off_t)KM_WIRE_HEADER ||
+	    st.st_size > (off_t)km_segment_size(RING_SIZE_MAX))
+		return -EPROTO;
+	wire = mmap(NULL, (size_t)st.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd,
+		    0);
+	if (wire == MAP_FAILED)
+		return -errno;
+	/* Volatile: the peer may change it between check and use. */
+	ring_size = *(volatile uint32_t *)&wire->ring_size;
+	if (wire->magic != KM_WIRE_MAGIC)
+		err = -EPROTO;
+	else if (wire->version != KM_WIRE_VERSION)
+		err = -EPROTONOSUPPORT;
+	else if (!ring_size_is_valid(ring_size) ||
+		 wire->header_size != KM_WIRE_HEADER ||
+		 (size_t)st.st_size != km_segment_size(ring_size))
+		err = -EPROTO;
+	if (err < 0) {
+		munmap(wire, (size_t)st.st_size);
+		return err;
+	}
+	seg->wire = wire;
+	seg->size = (size_t)st.st_size;
+	seg->ring_size = ring_size;
+	return 0;
+}
+
+void km_segment_unmap(struct km_segment *seg)
+{
+	if (!seg->wire)
+		return;
+	munmap(seg->wire, seg->size);
+	seg->wire = NULL;
+}
+
+void *km_segment_data(const struct km_segment *seg, int ring)
+{
+	struct km_ring_geometry geo;
+
+	km_ring_geometry_init(&geo, seg->ring_size);
+	return (uint8_t *)seg->wire + KM_WIRE_HEADER + (size_t)ring * geo.bytes;
+}

@@ -1,0 +1,60 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Bytes of a tracked socket.  Results are counts or negative errno values;
+ * KM_RETRY says that the descriptor is not (or no longer) an upgraded
+ * connection, and that the caller must look it up again.
+ */
+#ifndef KM_STREAM_H
+#define KM_STREAM_H
+
+#include "fd/file.h"
+
+#define KM_RETRY (-4096)
+
+enum km_direction { KM_IN = 1, KM_OUT = 2 };
+
+/* A call that the kernel serves while the file is plain. */
+struct km_plain {
+	struct km_file *f; /* NULL: nothing to end */
+	uint32_t generation;
+};
+
+/* True: make the kernel's call, then km_plain_end.  False: f is a channel. */
+bool km_plain_begin(struct km_file *f, int fd, struct km_plain *call);
+void km_plain_end(const struct km_plain *call, enum km_direction direction, ssize_t n);
+
+/* recv and send for upgraded connections, all flags and blocking included. */
+ssize_t km_recv(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
+		int flags);
+ssize_t km_send(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
+		int flags);
+
+/*
+ * Bytes from a regular file (or anything read(2) takes) straight into the ring:
+ * offset NULL reads at the descriptor's own position.
+ */
+ssize_t km_sendfile(struct km_file *f, int fd, int in, off64_t *offset, size_t count);
+/* splice(2) with the socket as source or destination, a pipe at the other end. */
+ssize_t km_splice_out(struct km_file *f, int fd, int pipe, size_t count, unsigned flags);
+ssize_t km_splice_in(struct km_file *f, int fd, int pipe, size_t count, unsigned flags);
+
+/* FIONREAD and SIOCOUTQ. */
+int km_stream_inq(struct km_file *f, int fd, int *bytes);
+int km_stream_outq(struct km_file *f, int fd, int *bytes);
+int km_stream_shutdown(struct km_file *f, int fd, int how);
+
+/* Both directions go on by the kernel for good; used before any byte went by a
+ * ring. */
+void km_stream_abandon(struct km_file *f);
+/* The peer broke the protocol: calls answer ECONNRESET from now on. */
+void km_stream_reset(struct km_conn *conn);
+/* The last descriptor of all processes is about to be closed (fd still open). */
+void km_stream_closing(struct km_file *f, int fd);
+/* It has been closed: wakes a peer that sleeps on the rings. */
+void km_stream_goodbye(struct km_file *f, struct km_conn *conn);
+
+/* Whether a signal that interrupted a wait should end the call: -EINTR when a
+ * handler without SA_RESTART is installed, else 0. */
+int km_interrupted(void);
+
+#endif
