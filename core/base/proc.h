@@ -107,6 +107,7 @@ struct km_proc {
 	km_a32 channels;
 	/* TCP sockets tracked in this process */
 	km_a32 files;
+	bool used; /* some socket or epoll set was tracked once */
 	km_a64 memory; /* bytes of segments mapped */
 	km_a64 *counters; /* in the statistics memfd, or private before it exists */
 	km_a64 *reasons;

@@ -181,7 +181,9 @@ void km_bell_arm(struct km_bell *bell)
 
 void km_bell_disarm(struct km_bell *bell)
 {
-	km_sub_seq(&bell->wire->sleep, 1);
+	/* One ring wakes one of several sleepers, so what comes now must ring for
+	 * the others: the number of the sleep changes here too. */
+	km_add_seq(&bell->wire->sleep, ((uint64_t)1 << 32) - 1);
 }
 
 void km_bell_kick(struct km_bell *bell)

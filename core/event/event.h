@@ -42,7 +42,7 @@ struct km_set {
 	km_a32 rings;	/* registrations that are ours */
 	km_a32 waiters; /* threads inside the kernel's epoll_wait, not armed */
 	km_a32 sleepers; /* threads asleep in it, armed */
-	uint32_t turns;	/* turns since the kernel was last asked */
+	bool kernel_first; /* whose turn it is when there is room for one */
 	bool scan;	/* some file's news may be taken by another process */
 	struct km_reg *regs;
 	struct km_reg *ready, *ready_tail;
@@ -131,6 +131,8 @@ void km_event_news(struct km_file *f);
 int km_event_attach(struct km_file *f);
 /* f is closed: drops its registrations. */
 void km_event_detach(struct km_file *f);
+/* The set that epfd is, made if need be; NULL when memory is short. */
+struct km_set *km_set_for(int epfd);
 /* One descriptor of the set is gone. */
 void km_set_free(struct km_set *set);
 /* The set is about to sleep in the kernel without its bells armed; false when it

@@ -8,11 +8,14 @@
 
 #define SLAB 128
 #define REG_CHUNKS 8192 /* of SLAB registrations: over a million */
-#define KERNEL_TURNS 8	/* full turns from user space before the kernel is asked */
 
 /* What the kernel tells of an upgraded connection. */
 #define KERNEL_EVENTS (EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET)
 #define ALWAYS (EPOLLERR | EPOLLHUP)
+/* What the kernel allows beside EPOLLEXCLUSIVE. */
+#define EXCLUSIVE_OK                                                                 \
+	((uint32_t)(EPOLLIN | EPOLLOUT | EPOLLERR | EPOLLHUP | EPOLLWAKEUP | EPOLLET | \
+		    EPOLLEXCLUSIVE))
 
 static struct km_reg *reg_chunk[REG_CHUNKS];
 static uint32_t reg_chunks;
@@ -112,7 +115,7 @@ void km_event_news(struct km_file *f)
 
 /* -- registrations ----------------------------------------------------------------- */
 
-static struct km_set *set_for(int epfd)
+struct km_set *km_set_for(int epfd)
 {
 	struct km_set *set = km_set_of(epfd);
 	enum km_lock_result how;
@@ -134,6 +137,7 @@ static struct km_set *set_for(int epfd)
 	if (!set)
 		return NULL;
 	memset(set, 0, sizeof(*set));
+	km_proc.used = true;
 	set->epfd = epfd;
 	set->fds = 1;
 	km_fd_forget(epfd);
@@ -339,6 +343,8 @@ static int ctl_channel(struct km_set *set, struct km_file *f, int op, int fd,
 	case EPOLL_CTL_ADD:
 		if (reg && reg->active)
 			return -EEXIST;
+		if ((ev->events & EPOLLEXCLUSIVE) && (ev->events & ~EXCLUSIVE_OK))
+			return -EINVAL;
 		if (!reg)
 			reg = reg_add(f, set, fd);
 		if (!reg)
@@ -391,13 +397,15 @@ int km_epoll_ctl(int epfd, int op, int fd, struct epoll_event *ev)
 		if (op != EPOLL_CTL_ADD ||
 		    km_sys_epoll_ctl(epfd, EPOLL_CTL_DEL, fd, NULL) != -ENOENT)
 			return km_sys_epoll_ctl(epfd, op, fd, ev);
-		set = set_for(epfd);
+		set = km_set_for(epfd);
 		if (!set) {
 			km_file_pin(f, KM_REASON_EPOLL_COOKIE);
 			return km_sys_epoll_ctl(epfd, op, fd, ev);
 		}
 	}
 	how = km_lock(&set->lock);
+	/* Of the descriptors of the set, this one is open. */
+	set->epfd = epfd;
 	if (km_load_seq(&f->mode) == KM_MODE_CHANNEL)
 		err = ctl_channel(set, f, op, fd, ev);
 	else
@@ -545,7 +553,7 @@ static int found_here(struct km_set *set, struct epoll_event *evs, int max)
 		return 0;
 	how = km_lock(&set->lock);
 	n = collect(set, evs, max);
-	more = set->ready != NULL && n == max;
+	more = n && set->ready != NULL;
 	km_unlock(&set->lock, how);
 	/* As the kernel does: who leaves work behind wakes the next sleeper. */
 	if (more && km_load_seq(&set->sleepers))
@@ -590,6 +598,30 @@ static void disarm_all(struct km_set *set, uint32_t bells)
 		km_bell_disarm(set->bell[i]);
 }
 
+/* What is ready now when the rings have something: the kernel is asked too, before
+ * the rings are looked at, so that a FIN behind the last bytes is one edge. */
+static int found_at_once(struct km_set *set, int epfd, struct epoll_event *evs, int max)
+{
+	uint32_t bells = km_load_seq(&set->bells);
+	int n = 0, k, room = max;
+
+	for (uint32_t i = 0; i < bells; i++)
+		km_bell_drain(set->bell[i]);
+	if (!set->ready && !set->scan)
+		return 0;
+	/* With room for a few only, the two take turns. */
+	set->kernel_first = !set->kernel_first;
+	if (max < 2 && !set->kernel_first)
+		room = 0;
+	else if (max >= 2)
+		room = KM_MAX(max / 2, 1);
+	if (room) {
+		k = kernel_wait(epfd, evs, room, 0, NULL);
+		n = k > 0 ? km_set_translate(set, evs, k) : 0;
+	}
+	return n < max ? n + found_here(set, evs + n, max - n) : n;
+}
+
 int km_epoll_wait(struct km_set *set, int epfd, struct epoll_event *evs, int max,
 		  int64_t timeout_ns, const sigset_t *mask)
 {
@@ -600,17 +632,9 @@ int km_epoll_wait(struct km_set *set, int epfd, struct epoll_event *evs, int max
 	if (max <= 0)
 		return kernel_wait(epfd, evs, max, 0, mask);
 	for (;;) {
-		n = found_here(set, evs, max);
-		if (n) {
-			if (n < max && ++set->turns >= KERNEL_TURNS) {
-				set->turns = 0;
-				k = kernel_wait(epfd, evs + n, max - n, 0, NULL);
-				if (k > 0)
-					n += km_set_translate(set, evs + n, k);
-			}
+		n = found_at_once(set, epfd, evs, max);
+		if (n)
 			return n;
-		}
-		set->turns = 0;
 		if (timeout_ns == 0) {
 			k = kernel_wait(epfd, evs, max, 0, mask);
 			if (k <= 0)

@@ -71,6 +71,7 @@ void km_file_new(int fd, enum km_role role)
 	f->next_try = 1;
 	f->reason = KM_REASON_NOT_HOT;
 	km_store_seq(&f->mode, KM_MODE_PLAIN);
+	km_proc.used = true;
 	km_add_seq(&km_proc.files, 1);
 	km_fd_swap(fd, KM_FD_FILE, f);
 }

@@ -666,8 +666,10 @@ void km_link_poke(struct km_file *f, int fd)
 
 	if (how == KM_LOCK_NESTED)
 		return;
+	/* With a thread in the kernel there is no switching now, which is no reason
+	 * to try less often later. */
 	if (km_load_seq(&f->mode) == KM_MODE_PLAIN && f->calls >= f->next_try &&
-	    km_file_of(fd) == f) {
+	    km_load_seq(&f->busy) == 0 && km_file_of(fd) == f) {
 		switch ((enum km_link_state)f->link_state) {
 		case KM_LINK_NONE:
 			if (f->role == KM_ROLE_CONNECTOR)

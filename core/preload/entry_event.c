@@ -7,11 +7,20 @@
 
 #include "event/event.h"
 
+/* A set is known from the start, so that whoever sleeps in it is known too. */
+static void created(int fd)
+{
+	if (fd < 0 || km_proc.disabled)
+		return;
+	km_fd_forget(fd);
+	km_set_for(fd);
+}
+
 KM_EXPORT int epoll_create(int size)
 {
 	int fd = KM_REAL(epoll_create)(size);
 
-	km_fd_forget(fd);
+	created(fd);
 	return fd;
 }
 
@@ -19,15 +28,22 @@ KM_EXPORT int epoll_create1(int flags)
 {
 	int fd = KM_REAL(epoll_create1)(flags);
 
-	km_fd_forget(fd);
+	created(fd);
 	return fd;
 }
 
 KM_EXPORT int epoll_ctl(int epfd, int op, int fd, struct epoll_event *ev)
 {
-	if (km_likely(!km_file_of(fd)))
+	if (km_likely(!km_file_of(fd)) || km_bad_pointer(ev, ev ? sizeof(*ev) : 0))
 		return KM_REAL(epoll_ctl)(epfd, op, fd, ev);
 	return (int)km_result(km_epoll_ctl(epfd, op, fd, ev));
+}
+
+/* The kernel names what is wrong with it. */
+static bool bad_time(const struct timespec *t)
+{
+	return t && (km_bad_pointer(t, sizeof(*t)) || t->tv_sec < 0 || t->tv_nsec < 0 ||
+		     t->tv_nsec >= 1000000000);
 }
 
 static int64_t ms_to_ns(int ms)
@@ -44,7 +60,9 @@ static int64_t ms_to_ns(int ms)
 		struct km_set *set = km_set_of(epfd);                                  \
 		int64_t began;                                                         \
 		int n;                                                                 \
-		if (km_likely(!set))                                                   \
+		if (km_unlikely(!set))                                                 \
+			set = inherited(epfd);                                         \
+		if (km_unlikely(!set))                                                 \
 			return real;                                                   \
 		if (!km_set_wait_begin(set))                                           \
 			return (int)km_result(                                         \
@@ -60,6 +78,13 @@ static int64_t ms_to_ns(int ms)
 		return (int)km_result(km_epoll_wait(                                   \
 			set, epfd, evs, max, time_left(timeout_ns, began), mask));     \
 	} while (0)
+
+/* A set that came by exec or another unseen way is taken on while there are
+ * sockets that could be in it. */
+static struct km_set *inherited(int epfd)
+{
+	return km_load_relaxed(&km_proc.files) && epfd >= 0 ? km_set_for(epfd) : NULL;
+}
 
 static int64_t time_left(int64_t timeout_ns, int64_t began)
 {
@@ -83,15 +108,21 @@ KM_EXPORT int epoll_pwait(int epfd, struct epoll_event *evs, int max, int timeou
 KM_EXPORT int epoll_pwait2(int epfd, struct epoll_event *evs, int max,
 			   const struct timespec *timeout, const sigset_t *mask)
 {
-	int64_t ns = timeout ? timeout->tv_sec * 1000000000LL + timeout->tv_nsec : -1;
+	int64_t ns = -1;
 
+	if (bad_time(timeout))
+		return KM_REAL(epoll_pwait2)(epfd, evs, max, timeout, mask);
+	if (timeout)
+		ns = KM_MIN(timeout->tv_sec, 1000000000) * 1000000000LL +
+		     timeout->tv_nsec;
 	WAIT_CALL(epfd, evs, max, ns, mask,
 		  KM_REAL(epoll_pwait2)(epfd, evs, max, timeout, mask));
 }
 
 static bool any_tracked(const struct pollfd *fds, nfds_t n)
 {
-	if (km_likely(km_load_relaxed(&km_proc.files) == 0) || km_thread.bypass)
+	if (km_likely(km_load_relaxed(&km_proc.files) == 0) || km_thread.bypass ||
+	    km_bad_pointer(fds, n * sizeof(*fds)))
 		return false;
 	for (nfds_t i = 0; i < n; i++)
 		if (km_file_of(fds[i].fd))
@@ -126,7 +157,7 @@ KM_EXPORT int __poll_chk(struct pollfd *fds, nfds_t n, int timeout, size_t room)
 KM_EXPORT int ppoll(struct pollfd *fds, nfds_t n, const struct timespec *timeout,
 		    const sigset_t *mask)
 {
-	if (km_likely(!any_tracked(fds, n)))
+	if (km_likely(!any_tracked(fds, n)) || bad_time(timeout))
 		return KM_REAL(ppoll)(fds, n, timeout, mask);
 	return (int)km_result(km_poll(
 		fds, n,
@@ -264,7 +295,7 @@ KM_EXPORT int pselect(int n, fd_set *restrict r, fd_set *restrict w, fd_set *res
 		      const struct timespec *restrict timeout,
 		      const sigset_t *restrict mask)
 {
-	if (km_likely(!select_tracked(n, r, w, e)))
+	if (km_likely(!select_tracked(n, r, w, e)) || bad_time(timeout))
 		return KM_REAL(pselect)(n, r, w, e, timeout, mask);
 	return (int)km_result(select_by_poll(
 		n, r, w, e,

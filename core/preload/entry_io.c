@@ -9,11 +9,14 @@
 #include <string.h>
 
 #define RECV(fd, iov, n, flags)                                                      \
-	(km_bad_iov(iov, n) ? -EFAULT : km_recv(f, fd, iov, n, flags))
+	(!((flags) & MSG_TRUNC) && km_bad_iov(iov, n) ? -EFAULT                       \
+						       : km_recv(f, fd, iov, n, flags))
 #define SEND(fd, iov, n, flags)                                                      \
 	(km_bad_iov(iov, n) ? -EFAULT : km_send(f, fd, iov, n, flags))
 #define ONE(buf, n)                                                                  \
-	(&(struct iovec){(void *)(uintptr_t)(buf), KM_MIN((size_t)(n), SSIZE_MAX)})
+	(&(struct iovec){(void *)(uintptr_t)(buf), KM_MIN((size_t)(n), RW_MOST)})
+/* The kernel moves no more in one call. */
+#define RW_MOST 0x7ffff000u
 
 bool km_bad_iov(const struct iovec *iov, int iovcnt)
 {
@@ -25,7 +28,9 @@ bool km_bad_iov(const struct iovec *iov, int iovcnt)
 
 KM_EXPORT ssize_t read(int fd, void *buf, size_t n_)
 {
-	KM_DATA_CALL(fd, KM_IN, KM_REAL(read)(fd, buf, n_), RECV(fd, ONE(buf, n_), 1, 0));
+	/* read of nothing is 0 at once; recv of nothing is not. */
+	KM_DATA_CALL(fd, KM_IN, KM_REAL(read)(fd, buf, n_),
+		     n_ ? RECV(fd, ONE(buf, n_), 1, 0) : 0);
 }
 
 KM_EXPORT ssize_t __read(int fd, void *buf, size_t n_)
@@ -53,7 +58,16 @@ KM_EXPORT ssize_t __write(int fd, const void *buf, size_t n_)
 
 static bool iov_is_invalid(const struct iovec *iov, int iovcnt)
 {
-	return iovcnt < 0 || iovcnt > IOV_MAX || km_bad_pointer(iov, (size_t)iovcnt);
+	size_t left = SSIZE_MAX;
+
+	if (iovcnt < 0 || iovcnt > IOV_MAX || km_bad_pointer(iov, (size_t)iovcnt))
+		return true;
+	for (int i = 0; i < iovcnt; i++) {
+		if (iov[i].iov_len > left)
+			return true;
+		left -= iov[i].iov_len;
+	}
+	return false;
 }
 
 KM_EXPORT ssize_t readv(int fd, const struct iovec *iov, int iovcnt)
@@ -234,10 +248,22 @@ KM_EXPORT ssize_t sendto(int fd, const void *buf, size_t n_, int flags,
 static ssize_t send_message(struct km_file *f, int fd, const struct msghdr *msg,
 			    int flags)
 {
+	ssize_t err;
+
 	if (km_bad_pointer(msg, sizeof(*msg)))
 		return -EFAULT;
 	if (msg->msg_iovlen > IOV_MAX)
 		return -EMSGSIZE;
+	if (km_unlikely(msg->msg_controllen)) {
+		/* The kernel judges control data; none that it takes changes what a
+		 * ring does. */
+		struct msghdr control = *msg;
+
+		control.msg_iovlen = 0;
+		err = km_sys_sendmsg(fd, &control, flags | MSG_DONTWAIT);
+		if (err < 0)
+			return err;
+	}
 	return SEND(fd, msg->msg_iov, (int)msg->msg_iovlen, flags);
 }
 
@@ -255,13 +281,18 @@ static int receive_many(int fd, struct mmsghdr *msgs, unsigned count, int flags,
 				   : -1;
 	unsigned i;
 
+	int saved = errno;
+
 	for (i = 0; i < count; i++) {
 		int more = i && (flags & MSG_WAITFORONE) ? MSG_DONTWAIT : 0;
 		ssize_t n = recvmsg(fd, &msgs[i].msg_hdr,
 				    (flags & ~MSG_WAITFORONE) | more);
 
-		if (n < 0)
+		if (n < 0) {
+			if (i)
+				errno = saved;
 			return i ? (int)i : -1;
+		}
 		msgs[i].msg_len = (unsigned)n;
 		if (n == 0 || (deadline >= 0 && km_now_ns() >= deadline))
 			return (int)i + 1;
@@ -282,6 +313,7 @@ KM_EXPORT int recvmmsg(int fd, struct mmsghdr *msgs, unsigned count, int flags,
 KM_EXPORT int sendmmsg(int fd, struct mmsghdr *msgs, unsigned count, int flags)
 {
 	struct km_file *f = km_file_of(fd);
+	int saved = errno;
 	unsigned i;
 
 	if (!f || km_load_acquire(&f->mode) == KM_MODE_PINNED)
@@ -289,8 +321,11 @@ KM_EXPORT int sendmmsg(int fd, struct mmsghdr *msgs, unsigned count, int flags)
 	for (i = 0; i < count; i++) {
 		ssize_t n = sendmsg(fd, &msgs[i].msg_hdr, flags);
 
-		if (n < 0)
+		if (n < 0) {
+			if (i)
+				errno = saved;
 			return i ? (int)i : -1;
+		}
 		msgs[i].msg_len = (unsigned)n;
 	}
 	return (int)i;
@@ -299,7 +334,9 @@ KM_EXPORT int sendmmsg(int fd, struct mmsghdr *msgs, unsigned count, int flags)
 KM_EXPORT ssize_t sendfile64(int fd, int in, off64_t *offset, size_t count)
 {
 	KM_DATA_CALL(fd, KM_OUT, KM_REAL(sendfile64)(fd, in, offset, count),
-		     km_sendfile(f, fd, in, offset, KM_MIN(count, 0x7ffff000u)));
+		     offset && km_bad_pointer(offset, sizeof(*offset))
+			     ? -EFAULT
+			     : km_sendfile(f, fd, in, offset, count));
 }
 
 KM_EXPORT ssize_t sendfile(int fd, int in, off_t *offset, size_t count)
@@ -313,7 +350,7 @@ static ssize_t splice_from(int in, loff_t *in_offset, int out, loff_t *out_offse
 {
 	KM_DATA_CALL(in, KM_IN,
 		     KM_REAL(splice)(in, in_offset, out, out_offset, count, flags),
-		     in_offset ? -ESPIPE : km_splice_out(f, in, out, count, flags));
+		     in_offset ? -EINVAL : km_splice_out(f, in, out, count, flags));
 }
 
 KM_EXPORT ssize_t splice(int in, loff_t *in_offset, int out, loff_t *out_offset,
@@ -323,7 +360,7 @@ KM_EXPORT ssize_t splice(int in, loff_t *in_offset, int out, loff_t *out_offset,
 		return splice_from(in, in_offset, out, out_offset, count, flags);
 	KM_DATA_CALL(out, KM_OUT,
 		     KM_REAL(splice)(in, in_offset, out, out_offset, count, flags),
-		     out_offset ? -ESPIPE : km_splice_in(f, out, in, count, flags));
+		     out_offset ? -EINVAL : km_splice_in(f, out, in, count, flags));
 }
 
 /* Pipes and regular files only: the kernel refuses sockets by itself. */

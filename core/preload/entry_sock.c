@@ -43,9 +43,15 @@ KM_EXPORT int connect(int fd, const struct sockaddr *addr, socklen_t len)
 {
 	struct km_file *f = km_file_of(fd);
 
+	int err;
+
 	if (f && f->role == KM_ROLE_UNKNOWN)
 		f->role = KM_ROLE_CONNECTOR;
-	return KM_REAL(connect)(fd, addr, len);
+	err = KM_REAL(connect)(fd, addr, len);
+	/* Connecting to nobody ends the connection and leaves a fresh socket. */
+	if (km_unlikely(err == 0 && f && addr->sa_family == AF_UNSPEC))
+		km_file_new(fd, KM_ROLE_UNKNOWN);
+	return err;
 }
 
 KM_EXPORT int __connect(int fd, const struct sockaddr *addr, socklen_t len)

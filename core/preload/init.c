@@ -14,7 +14,7 @@ static pthread_once_t thread_once = PTHREAD_ONCE_INIT;
 
 void km_fork_prepare(void)
 {
-	if (km_load_relaxed(&km_proc.files) == 0)
+	if (!km_proc.used)
 		return;
 	km_file_fork_prepare();
 	forking = true;

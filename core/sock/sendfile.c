@@ -36,7 +36,15 @@ ssize_t km_sendfile(struct km_file *f, int fd, int in, off64_t *offset, size_t c
 	off64_t at = offset ? *offset : 0;
 	size_t done = 0;
 	ssize_t result = 0;
+	struct stat st;
 
+	if (km_sys_fstat(in, &st) < 0)
+		return -EBADF;
+	/* As the kernel: only what has pages. */
+	if ((!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode)) || at < 0 ||
+	    (ssize_t)count < 0)
+		return -EINVAL;
+	count = KM_MIN(count, 0x7ffff000u);
 	while (done < count) {
 		size_t want = KM_MIN(count - done, sizeof(buf));
 		ssize_t n = take(in, offset ? &at : NULL, buf, want), sent;

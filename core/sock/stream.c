@@ -335,6 +335,9 @@ static ssize_t recv_ring(struct km_file *f, struct km_conn *conn, int fd,
 	}
 	if (n < 0)
 		return n;
+	/* Asked for nothing: the answer still depends on whether there is something. */
+	if (km_unlikely(rx->w != rx->r))
+		return 0;
 	pflags = km_load_sync(FLAGS_SEE, &rx->wire->pflags);
 	if ((pflags & KM_P_END) && km_load_relaxed(&rx->wire->end) == rx->r) {
 		conn->rx_phase = KM_PHASE_ENDED;
@@ -605,7 +608,7 @@ ssize_t km_recv(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 {
 	struct wait w = {0};
 	struct iovec discard, rest[64], *left = NULL;
-	size_t want = total(iov, iovcnt), done = 0;
+	size_t want = total(iov, iovcnt), done = 0, enough;
 	struct direction d;
 	ssize_t n;
 	int err;
@@ -629,14 +632,14 @@ ssize_t km_recv(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 			km_stream_reset(d.conn);
 			n = -ECONNRESET;
 		}
-		if (n != -EAGAIN || want == 0 || must_not_block(d.conn, flags)) {
+		if (n != -EAGAIN || must_not_block(d.conn, flags)) {
+			enough = flags & MSG_PEEK      ? 1
+				 : flags & MSG_WAITALL ? want
+						       : (size_t)d.conn->lowat;
 			leave(&d);
-			if (n == -EAGAIN && want == 0)
-				n = 0;
 			if (n > 0)
 				done += (size_t)n;
-			if (n <= 0 || done == want ||
-			    (flags & (MSG_WAITALL | MSG_PEEK)) != MSG_WAITALL)
+			if (n <= 0 || done >= KM_MIN(enough, want))
 				return wait_done(f, &w, done ? (ssize_t)done : n);
 			if (iovcnt > (int)KM_COUNT(rest))
 				return wait_done(f, &w, (ssize_t)done);
@@ -890,6 +893,7 @@ int km_stream_shutdown(struct km_file *f, int fd, int how)
 		return err;
 	if (how != SHUT_WR && f->conn) {
 		km_or_seq(&f->conn->flags, KM_CONN_RD_SHUT);
+		km_or_seq(&f->conn->kernel_bits, POLLRDHUP);
 		km_sys_futex_wake(&f->conn->rx.wire->cons_wait, INT32_MAX);
 	}
 	if (how != SHUT_RD && f->conn)
