@@ -42,6 +42,7 @@ struct km_set {
 	km_a32 rings;	/* registrations that are ours */
 	km_a32 waiters; /* threads inside the kernel's epoll_wait, not armed */
 	km_a32 sleepers; /* threads asleep in it, armed */
+	bool mixed; /* some registration was ours once: cookies may still come */
 	bool kernel_first; /* whose turn it is when there is room for one */
 	bool scan;	/* some file's news may be taken by another process */
 	struct km_reg *regs;

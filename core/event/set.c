@@ -192,17 +192,21 @@ static int reg_convert(struct km_reg *reg, int op)
 	ev.data.u64 = (uint64_t)km_proc.magic << 32 | reg->index;
 	if (op == EPOLL_CTL_ADD && (reg->events & EPOLLEXCLUSIVE))
 		ev.events = (KERNEL_EVENTS & ~(uint32_t)EPOLLRDHUP) | EPOLLEXCLUSIVE;
+	/* First of all: a thread that sleeps in the set may get our cookies from the
+	 * next line on, and looks at this count when it wakes.  Pairs with
+	 * km_set_wait_begin too. */
+	set->mixed = true;
+	km_add_seq(&set->rings, 1);
 	err = km_set_hear(set, reg->file->bell);
-	if (err < 0)
+	if (err == 0)
+		err = km_sys_epoll_ctl(set->epfd, op, reg->fd, &ev);
+	if (err < 0) {
+		km_sub_seq(&set->rings, 1);
 		return err;
-	err = km_sys_epoll_ctl(set->epfd, op, reg->fd, &ev);
-	if (err < 0)
-		return err;
+	}
 	reg->ours = true;
 	if (reg->file->scan)
 		set->scan = true;
-	/* Pairs with km_set_wait_begin: a thread that sleeps there is kicked. */
-	km_add_seq(&set->rings, 1);
 	ready_again(reg);
 	if (km_load_seq(&set->waiters) || km_load_seq(&set->sleepers))
 		km_bell_kick(reg->file->bell);

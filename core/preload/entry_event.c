@@ -70,7 +70,7 @@ static int64_t ms_to_ns(int ms)
 		began = timeout_ns > 0 ? km_now_ns() : 0;                              \
 		n = real;                                                              \
 		km_set_wait_end(set);                                                  \
-		if (n <= 0 || km_load_seq(&set->rings) == 0)                           \
+		if (n <= 0 || !set->mixed)                                             \
 			return n;                                                      \
 		n = km_set_translate(set, evs, n);                                     \
 		if (n)                                                                 \

@@ -74,7 +74,7 @@ KM_EXPORT ssize_t readv(int fd, const struct iovec *iov, int iovcnt)
 {
 	/* The kernel names what is wrong with a bad vector, and touches nothing. */
 	KM_DATA_CALL(fd, KM_IN, KM_REAL(readv)(fd, iov, iovcnt),
-		     iov_is_invalid(iov, iovcnt)
+		     km_unlikely(iov_is_invalid(iov, iovcnt))
 			     ? KM_SYS(readv, fd, iov, iovcnt, 0, 0, 0)
 			     : RECV(fd, iov, iovcnt, 0));
 }
@@ -179,8 +179,9 @@ static ssize_t receive_message(struct km_file *f, int fd, struct msghdr *msg, in
 
 	if (km_bad_pointer(msg, sizeof(*msg)))
 		return -EFAULT;
-	if (msg->msg_iovlen > IOV_MAX)
-		return -EMSGSIZE;
+	if (km_unlikely(msg->msg_iovlen > IOV_MAX ||
+			iov_is_invalid(msg->msg_iov, (int)msg->msg_iovlen)))
+		return km_sys_recvmsg(fd, msg, flags);
 	if (flags & MSG_ERRQUEUE)
 		return km_sys_recvmsg(fd, msg, flags);
 	n = RECV(fd, msg->msg_iov, (int)msg->msg_iovlen, flags);
@@ -252,8 +253,9 @@ static ssize_t send_message(struct km_file *f, int fd, const struct msghdr *msg,
 
 	if (km_bad_pointer(msg, sizeof(*msg)))
 		return -EFAULT;
-	if (msg->msg_iovlen > IOV_MAX)
-		return -EMSGSIZE;
+	if (km_unlikely(msg->msg_iovlen > IOV_MAX ||
+			iov_is_invalid(msg->msg_iov, (int)msg->msg_iovlen)))
+		return km_sys_sendmsg(fd, msg, flags);
 	if (km_unlikely(msg->msg_controllen)) {
 		/* The kernel judges control data; none that it takes changes what a
 		 * ring does. */
