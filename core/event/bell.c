@@ -81,6 +81,8 @@ int km_set_hear(struct km_set *set, struct km_bell *bell)
 		return err;
 	set->bell[n] = bell;
 	km_store_seq(&set->bells, n + 1);
+	if (set->watched)
+		km_bell_arm(bell);
 	return 0;
 }
 

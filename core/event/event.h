@@ -34,6 +34,8 @@ struct km_reg {
 };
 
 #define KM_SET_BELLS 16
+#define KM_SET_STASH 16
+#define KM_SET_INNER 8
 
 struct km_set {
 	km_a32 lock;
@@ -42,6 +44,14 @@ struct km_set {
 	km_a32 rings;	/* registrations that are ours */
 	km_a32 waiters; /* threads inside the kernel's epoll_wait, not armed */
 	km_a32 sleepers; /* threads asleep in it, armed */
+	/* Something looks at the set's own readiness: poll, or an outer epoll set.
+	 * Its bells are armed for good, so that the kernel's side of it shows what
+	 * the rings have. */
+	bool watched;
+	int inner[KM_SET_INNER]; /* sets inside this one, by descriptor */
+	uint32_t inners;
+	uint32_t stashed; /* the kernel's events that were taken to find that out */
+	struct epoll_event stash[KM_SET_STASH];
 	bool mixed; /* some registration was ours once: cookies may still come */
 	bool kernel_first; /* whose turn it is when there is room for one */
 	bool scan;	/* some file's news may be taken by another process */
@@ -140,6 +150,11 @@ void km_set_free(struct km_set *set);
  * holds upgraded connections, and must not. */
 bool km_set_wait_begin(struct km_set *set);
 void km_set_wait_end(struct km_set *set);
+/* epfd, a set, is about to be asked whether it is readable, by poll or (for good)
+ * by an outer epoll set: makes the kernel's answer right. */
+void km_set_watch(struct km_set *set, int epfd);
+/* An epoll set was put into another one, or taken out. */
+void km_set_nest(int outer, int inner, bool in);
 /* Takes the library's own events out of evs; the number left. */
 int km_set_translate(struct km_set *set, struct epoll_event *evs, int n);
 void km_event_fork_child(void);

@@ -429,8 +429,38 @@ int km_epoll_ctl(int epfd, int op, int fd, struct epoll_event *ev)
 
 /* -- waiting ------------------------------------------------------------------------- */
 
+static void watch_inner(struct km_set *set)
+{
+	for (uint32_t i = 0; i < set->inners; i++) {
+		struct km_set *inner = km_set_of(set->inner[i]);
+
+		if (inner)
+			km_set_watch(inner, set->inner[i]);
+	}
+}
+
+void km_set_nest(int outer, int inner, bool in)
+{
+	struct km_set *set = km_set_of(outer);
+	enum km_lock_result how;
+	uint32_t i = 0;
+
+	if (!set)
+		return;
+	how = km_lock(&set->lock);
+	while (i < set->inners && set->inner[i] != inner)
+		i++;
+	if (in && i == set->inners && i < KM_SET_INNER)
+		set->inner[set->inners++] = inner;
+	else if (!in && i < set->inners)
+		set->inner[i] = set->inner[--set->inners];
+	km_unlock(&set->lock, how);
+}
+
 bool km_set_wait_begin(struct km_set *set)
 {
+	if (km_unlikely(set->inners))
+		watch_inner(set);
 	km_add_seq(&set->waiters, 1);
 	if (km_likely(km_load_seq(&set->rings) == 0))
 		return true;
@@ -544,27 +574,6 @@ static int collect(struct km_set *set, struct epoll_event *evs, int max)
 	return n;
 }
 
-static int found_here(struct km_set *set, struct epoll_event *evs, int max)
-{
-	uint32_t bells = km_load_seq(&set->bells);
-	enum km_lock_result how;
-	bool more;
-	int n;
-
-	for (uint32_t i = 0; i < bells; i++)
-		km_bell_drain(set->bell[i]);
-	if (!set->ready && !set->scan)
-		return 0;
-	how = km_lock(&set->lock);
-	n = collect(set, evs, max);
-	more = n && set->ready != NULL;
-	km_unlock(&set->lock, how);
-	/* As the kernel does: who leaves work behind wakes the next sleeper. */
-	if (more && km_load_seq(&set->sleepers))
-		km_bell_kick(set->bell[0]);
-	return n;
-}
-
 static int kernel_wait(int epfd, struct epoll_event *evs, int max, int64_t timeout_ns,
 		       const sigset_t *mask)
 {
@@ -585,6 +594,88 @@ static int kernel_wait(int epfd, struct epoll_event *evs, int max, int64_t timeo
 	n = KM_SYS(epoll_pwait, epfd, evs, max, (timeout_ns + 999999) / 1000000, mask,
 		   KM_SIGSET_SIZE);
 	return (int)n;
+}
+
+/* Peers have rung for this sleep of a watched set, and are to do so once more. */
+static void ring_again(struct km_set *set)
+{
+	uint32_t bells = km_load_seq(&set->bells);
+
+	for (uint32_t i = 0; i < bells; i++)
+		km_add_seq(&set->bell[i]->wire->sleep, (uint64_t)1 << 32);
+}
+
+static int found_here(struct km_set *set, struct epoll_event *evs, int max)
+{
+	uint32_t bells = km_load_seq(&set->bells);
+	enum km_lock_result how;
+	bool more;
+	int n;
+
+	for (uint32_t i = 0; i < bells; i++)
+		km_bell_drain(set->bell[i]);
+	if (!set->ready && !set->scan)
+		return 0;
+	how = km_lock(&set->lock);
+	n = collect(set, evs, max);
+	more = n && set->ready != NULL;
+	km_unlock(&set->lock, how);
+	if (km_unlikely(set->watched))
+		ring_again(set);
+	/* As the kernel does: who leaves work behind wakes the next sleeper. */
+	if (more && (km_load_seq(&set->sleepers) || set->watched))
+		km_bell_kick(set->bell[0]);
+	return n;
+}
+
+void km_set_watch(struct km_set *set, int epfd)
+{
+	struct epoll_event evs[KM_SET_STASH];
+	enum km_lock_result how = km_lock(&set->lock);
+	uint32_t bells = km_load_seq(&set->bells);
+	bool ready;
+	int n;
+
+	if (!set->watched) {
+		set->watched = true;
+		for (uint32_t i = 0; i < bells; i++)
+			km_bell_arm(set->bell[i]);
+	}
+	km_unlock(&set->lock, how);
+	if (!set->mixed)
+		return;
+	ring_again(set);
+	/* Edges of our own make the set readable though the program would find
+	 * nothing in it: take them out, and keep what is the program's. */
+	n = (int)(KM_COUNT(evs) - set->stashed);
+	n = n ? kernel_wait(epfd, evs, n, 0, NULL) : 0;
+	n = n > 0 ? km_set_translate(set, evs, n) : 0;
+	for (uint32_t i = 0; i < bells; i++)
+		km_bell_drain(set->bell[i]);
+	how = km_lock(&set->lock);
+	n = KM_MIN(n, (int)(KM_SET_STASH - set->stashed));
+	memcpy(set->stash + set->stashed, evs, (size_t)n * sizeof(*evs));
+	set->stashed += (uint32_t)n;
+	ready = set->stashed > 0;
+	for (struct km_reg *reg = set->ready; reg && !ready; reg = reg->ready_next)
+		ready = reg->active && reg->ours && !reg->disarmed &&
+			(reg->fresh || !(reg->events & EPOLLET)) &&
+			(km_file_level(reg->file, reg->events) & (reg->events | ALWAYS));
+	km_unlock(&set->lock, how);
+	if (ready && bells)
+		km_bell_kick(set->bell[0]);
+}
+
+static int take_stash(struct km_set *set, struct epoll_event *evs, int max)
+{
+	enum km_lock_result how = km_lock(&set->lock);
+	int n = KM_MIN(max, (int)set->stashed);
+
+	memcpy(evs, set->stash, (size_t)n * sizeof(*evs));
+	set->stashed -= (uint32_t)n;
+	memmove(set->stash, set->stash + n, set->stashed * sizeof(*evs));
+	km_unlock(&set->lock, how);
+	return n;
 }
 
 static void arm_all(struct km_set *set, uint32_t *bells)
@@ -635,6 +726,10 @@ int km_epoll_wait(struct km_set *set, int epfd, struct epoll_event *evs, int max
 
 	if (max <= 0)
 		return kernel_wait(epfd, evs, max, 0, mask);
+	if (km_unlikely(set->stashed)) {
+		n = take_stash(set, evs, max);
+		return n < max ? n + found_here(set, evs + n, max - n) : n;
+	}
 	for (;;) {
 		n = found_at_once(set, epfd, evs, max);
 		if (n)

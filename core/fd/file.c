@@ -266,8 +266,22 @@ void km_file_fork_failed(void)
 	km_fd_each(share, &minus);
 }
 
+/* The child has one thread, and that one is in fork. */
+static void alone(int fd, uint64_t entry, void *arg)
+{
+	struct km_file *f = km_fd_object(entry);
+
+	(void)fd;
+	(void)arg;
+	if (km_fd_kind(entry) != KM_FD_FILE)
+		return;
+	km_store_seq(&f->busy, 0);
+	km_store_seq(&f->users, 0);
+}
+
 void km_file_fork_child(void)
 {
+	km_fd_each(alone, NULL);
 	km_store_seq(&km_proc.table_lock, 0);
 	km_store_seq(&km_proc.link_lock, 0);
 }

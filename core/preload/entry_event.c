@@ -34,6 +34,15 @@ KM_EXPORT int epoll_create1(int flags)
 
 KM_EXPORT int epoll_ctl(int epfd, int op, int fd, struct epoll_event *ev)
 {
+	if (km_unlikely(km_set_of(fd) != NULL)) {
+		int err = KM_REAL(epoll_ctl)(epfd, op, fd, ev);
+
+		if (err == 0 && op != EPOLL_CTL_MOD)
+			km_set_nest(epfd, fd, op == EPOLL_CTL_ADD);
+		if (err == 0 && op == EPOLL_CTL_ADD)
+			km_set_watch(km_set_of(fd), fd);
+		return err;
+	}
 	if (km_likely(!km_file_of(fd)) || km_bad_pointer(ev, ev ? sizeof(*ev) : 0))
 		return KM_REAL(epoll_ctl)(epfd, op, fd, ev);
 	return (int)km_result(km_epoll_ctl(epfd, op, fd, ev));
@@ -121,13 +130,19 @@ KM_EXPORT int epoll_pwait2(int epfd, struct epoll_event *evs, int max,
 
 static bool any_tracked(const struct pollfd *fds, nfds_t n)
 {
+	bool found = false;
+
 	if (km_likely(km_load_relaxed(&km_proc.files) == 0) || km_thread.bypass ||
 	    km_bad_pointer(fds, n * sizeof(*fds)))
 		return false;
-	for (nfds_t i = 0; i < n; i++)
-		if (km_file_of(fds[i].fd))
-			return true;
-	return false;
+	for (nfds_t i = 0; i < n; i++) {
+		struct km_set *set = km_set_of(fds[i].fd);
+
+		if (km_unlikely(set != NULL))
+			km_set_watch(set, fds[i].fd);
+		found |= km_file_of(fds[i].fd) != NULL;
+	}
+	return found;
 }
 
 /* glibc declares the array of poll as written only, and reading it here draws a
@@ -198,13 +213,19 @@ static void empty(int n, fd_set *set)
 
 static bool select_tracked(int n, const fd_set *r, const fd_set *w, const fd_set *e)
 {
+	bool found = false;
+
 	if (km_likely(km_load_relaxed(&km_proc.files) == 0) || km_thread.bypass ||
 	    n <= 0 || n > (int)KM_FD_MAX)
 		return false;
-	for (int fd = 0; fd < n; fd++)
-		if ((in_set(fd, r) || in_set(fd, w) || in_set(fd, e)) && km_file_of(fd))
-			return true;
-	return false;
+	for (int fd = 0; fd < n; fd++) {
+		if (!in_set(fd, r) && !in_set(fd, w) && !in_set(fd, e))
+			continue;
+		if (km_unlikely(km_set_of(fd) != NULL))
+			km_set_watch(km_set_of(fd), fd);
+		found |= km_file_of(fd) != NULL;
+	}
+	return found;
 }
 
 /* select by poll; what the bits mean is what the kernel's own select means. */
