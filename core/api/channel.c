@@ -22,8 +22,10 @@ struct kmap_channel {
 	int fds[KMAP_CHANNEL_FDS]; /* memfd, then one bell per sleeper: see bell_fd */
 	int side;
 	int liveness;
-	bool shut, dead;
-	struct kmap_channel_stats stats;
+	bool shut; /* the writing thread's */
+	km_a32 dead;
+	/* Both threads count; nothing is ordered by it. */
+	km_a64 futex_wakes, futex_sleeps, bells_rung, bell_sleeps, grows;
 };
 
 /* fds[1..4]: for ring 0 its consumer's and its producer's, then for ring 1. */
@@ -145,11 +147,11 @@ static void wake(kmap_channel *ch, km_a32 *word, int bell)
 		return;
 	flags = km_swap_seq(word, 0);
 	if (flags & KM_WAIT_FUTEX) {
-		ch->stats.futex_wakes++;
+		km_add_relaxed(&ch->futex_wakes, 1);
 		km_sys_futex_wake(word, INT32_MAX);
 	}
 	if (flags & KM_WAIT_EVENT) {
-		ch->stats.bells_rung++;
+		km_add_relaxed(&ch->bells_rung, 1);
 		km_sys_write(bell, &one, sizeof(one));
 	}
 }
@@ -159,14 +161,14 @@ static bool peer_is_gone(kmap_channel *ch)
 	struct pollfd pfd = {.fd = ch->liveness, .events = POLLRDHUP};
 	struct timespec now = {0, 0};
 
-	if (ch->dead)
+	if (km_load_relaxed(&ch->dead))
 		return true;
 	if (ch->liveness < 0)
 		return false;
 	if (km_sys_poll(&pfd, 1, &now) > 0 &&
 	    (pfd.revents & (POLLHUP | POLLRDHUP | POLLERR)))
-		ch->dead = true;
-	return ch->dead;
+		km_store_relaxed(&ch->dead, 1);
+	return km_load_relaxed(&ch->dead);
 }
 
 /* Milliseconds left until deadline, -1 for ever. */
@@ -193,7 +195,7 @@ static int nap(kmap_channel *ch, km_a32 *word, uint32_t flag, int bell, int64_t 
 	if (flag == KM_WAIT_FUTEX) {
 		left = KM_MIN(left, FUTEX_SLICE_NS);
 		ts = (struct timespec){0, left};
-		ch->stats.futex_sleeps++;
+		km_add_relaxed(&ch->futex_sleeps, 1);
 		err = km_sys_futex_wait(word, KM_WAIT_FUTEX, &ts);
 		return err == -EINTR ? err : 0;
 	}
@@ -201,7 +203,7 @@ static int nap(kmap_channel *ch, km_a32 *word, uint32_t flag, int bell, int64_t 
 				 {.fd = ch->liveness, .events = POLLRDHUP}};
 
 	ts = (struct timespec){left / 1000000000, left % 1000000000};
-	ch->stats.bell_sleeps++;
+	km_add_relaxed(&ch->bell_sleeps, 1);
 	err = km_sys_poll(pfds, 2, deadline < 0 ? NULL : &ts);
 	if (pfds[0].revents) {
 		uint64_t count;
@@ -290,7 +292,7 @@ ssize_t kmap_channel_write(kmap_channel *ch, const void *buf, size_t len, int ti
 		if (gone)
 			return -ECONNRESET;
 		n = km_ring_write(&ch->tx, &iov, 1);
-		ch->stats.grows += ch->tx.level - level;
+		km_add_relaxed(&ch->grows, ch->tx.level - level);
 		if (n > 0) {
 			wake(ch, &ring->cons_wait, bell_fd(ch, tx, true));
 			return n;
@@ -357,5 +359,11 @@ void kmap_channel_close(kmap_channel *ch)
 
 void kmap_channel_get_stats(const kmap_channel *ch, struct kmap_channel_stats *out)
 {
-	*out = ch->stats;
+	*out = (struct kmap_channel_stats){
+		.futex_wakes = km_load_relaxed(&ch->futex_wakes),
+		.futex_sleeps = km_load_relaxed(&ch->futex_sleeps),
+		.bells_rung = km_load_relaxed(&ch->bells_rung),
+		.bell_sleeps = km_load_relaxed(&ch->bell_sleeps),
+		.grows = km_load_relaxed(&ch->grows),
+	};
 }

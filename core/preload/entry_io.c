@@ -26,6 +26,15 @@ bool km_bad_iov(const struct iovec *iov, int iovcnt)
 	return false;
 }
 
+/* Like read, readv of nothing is 0 at once. */
+static ssize_t read_vector(struct km_file *f, int fd, const struct iovec *iov, int iovcnt)
+{
+	for (int i = 0; i < iovcnt; i++)
+		if (iov[i].iov_len)
+			return RECV(fd, iov, iovcnt, 0);
+	return 0;
+}
+
 KM_EXPORT ssize_t read(int fd, void *buf, size_t n_)
 {
 	/* read of nothing is 0 at once; recv of nothing is not. */
@@ -42,7 +51,7 @@ KM_EXPORT ssize_t __read_chk(int fd, void *buf, size_t n_, size_t room)
 {
 	KM_DATA_CALL(fd, KM_IN, KM_REAL(__read_chk)(fd, buf, n_, room),
 		     n_ > room ? KM_REAL(__read_chk)(fd, buf, n_, room)
-			       : RECV(fd, ONE(buf, n_), 1, 0));
+			       : read_vector(f, fd, ONE(buf, n_), 1));
 }
 
 KM_EXPORT ssize_t write(int fd, const void *buf, size_t n_)
@@ -76,7 +85,7 @@ KM_EXPORT ssize_t readv(int fd, const struct iovec *iov, int iovcnt)
 	KM_DATA_CALL(fd, KM_IN, KM_REAL(readv)(fd, iov, iovcnt),
 		     km_unlikely(iov_is_invalid(iov, iovcnt))
 			     ? KM_SYS(readv, fd, iov, iovcnt, 0, 0, 0)
-			     : RECV(fd, iov, iovcnt, 0));
+			     : read_vector(f, fd, iov, iovcnt));
 }
 
 KM_EXPORT ssize_t writev(int fd, const struct iovec *iov, int iovcnt)
@@ -104,6 +113,8 @@ static ssize_t vector_at(struct km_file *f, int fd, const struct iovec *iov, int
 		return err;
 	if (iov_is_invalid(iov, iovcnt))
 		return -EINVAL;
+	if (iovcnt == 0)
+		return 0;
 	return out ? SEND(fd, iov, iovcnt, msg_flags) : RECV(fd, iov, iovcnt, msg_flags);
 }
 
