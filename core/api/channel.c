@@ -289,7 +289,7 @@ ssize_t kmap_channel_write(kmap_channel *ch, const void *buf, size_t len, int ti
 		/* The peer's own stream says whether it has closed altogether. */
 		if (km_load_sync(FLAGS_SEE, &ch->rx.wire->pflags) & KM_P_CLOSED)
 			return -EPIPE;
-		if (gone)
+		if (gone || km_load_relaxed(&ch->dead))
 			return -ECONNRESET;
 		n = km_ring_write(&ch->tx, &iov, 1);
 		km_add_relaxed(&ch->grows, ch->tx.level - level);

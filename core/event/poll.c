@@ -156,6 +156,7 @@ static nfds_t poll_begin(struct poll_call *c)
 		struct km_file *f = km_file_of(c->fds[i].fd);
 
 		c->asked[i] = c->fds[i];
+		c->asked[i].revents = 0;
 		c->file[i] = NULL;
 		if (!f || km_load_acquire(&f->mode) != KM_MODE_CHANNEL)
 			continue;

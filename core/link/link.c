@@ -16,10 +16,11 @@
 #endif
 
 /* How often each end tries before it leaves a connection to the kernel.  The
- * first tries come with every call, later ones with every doubling. */
+ * first tries come with every call, later ones with every doubling: a sender may fill
+ * megabytes of socket buffers before its peer has read for the first time. */
 #define EAGER_TRIES 8
-#define CONNECTOR_TRIES 18
-#define ACCEPTOR_TRIES 14
+#define CONNECTOR_TRIES 24
+#define ACCEPTOR_TRIES 24
 
 #define HELLO_FDS 3
 

@@ -123,11 +123,11 @@ ssize_t km_ring_write(struct km_producer *p, const struct iovec *iov, int iovcnt
 	return (ssize_t)want;
 }
 
-ssize_t km_ring_space(struct km_producer *p, uint8_t **at)
+ssize_t km_ring_space(struct km_producer *p, size_t want, uint8_t **at)
 {
 	uint64_t pos, room;
 
-	if (make_room(p, p->geo.size[p->geo.levels - 1] / 2) < 0)
+	if (make_room(p, want) < 0)
 		return -EPROTO;
 	room = free_space(p);
 	pos = p->w & (p->size - 1);

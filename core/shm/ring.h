@@ -77,9 +77,10 @@ ssize_t km_ring_read(struct km_consumer *c, const struct iovec *iov, int iovcnt,
 /*
  * The next contiguous piece of free space / of waiting bytes, for callers that
  * fill or drain it themselves, and the calls that say how much of it was used.
+ * want is how much the caller would like to put in: the ring grows for it.
  * Return its length, 0 when full / empty, -EPROTO.
  */
-ssize_t km_ring_space(struct km_producer *p, uint8_t **at);
+ssize_t km_ring_space(struct km_producer *p, size_t want, uint8_t **at);
 void km_ring_produced(struct km_producer *p, size_t n);
 ssize_t km_ring_bytes(struct km_consumer *c, const uint8_t **at);
 void km_ring_consumed(struct km_consumer *c, size_t n);

@@ -4,8 +4,9 @@
  * file or pipe and the ring's own memory in one copy; what cannot be moved now is
  * left where it was, never taken and dropped.
  *
- * Each turn goes through km_send or km_recv for the cases that are not the fast
- * one (phases other than the ring, waiting, errors), with a buffer on the stack.
+ * sendfile reads straight into the ring while there is space; everything else (other
+ * phases, waiting, errors, splice) goes through km_send and km_recv with a buffer on
+ * the stack.
  */
 #include <errno.h>
 #include <string.h>
@@ -46,6 +47,17 @@ ssize_t km_sendfile(struct km_file *f, int fd, int in, off64_t *offset, size_t c
 		return -EINVAL;
 	count = KM_MIN(count, 0x7ffff000u);
 	while (done < count) {
+		ssize_t direct = km_send_from(f, fd, in, offset ? &at : NULL, count - done);
+
+		if (direct > 0) {
+			done += (size_t)direct;
+			continue;
+		}
+		if (direct != KM_RETRY) {
+			result = direct;
+			break;
+		}
+		/* Not the fast case: through a buffer, and km_send for all the rest. */
 		size_t want = KM_MIN(count - done, sizeof(buf));
 		ssize_t n = take(in, offset ? &at : NULL, buf, want), sent;
 		struct iovec iov = {buf, 0};

@@ -832,6 +832,37 @@ ssize_t km_send(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 	}
 }
 
+ssize_t km_send_from(struct km_file *f, int fd, int in, off64_t *offset, size_t count)
+{
+	ssize_t n = KM_RETRY, space;
+	struct direction d;
+	uint8_t *at;
+	int err;
+
+	if (!enter(f, fd, true, false, &d, &err))
+		return KM_RETRY;
+	if (d.conn->tx_phase == KM_PHASE_RING && !peer_stopped(d.conn) &&
+	    !(km_load_relaxed(&d.conn->flags) & KM_CONN_RESET)) {
+		space = km_ring_space(&d.conn->tx, count, &at);
+		if (space > 0)
+			n = offset ? KM_SYS(pread64, in, at,
+					    KM_MIN((size_t)space, count), *offset, 0, 0)
+				   : km_sys_read(in, at, KM_MIN((size_t)space, count));
+	}
+	if (n > 0) {
+		km_ring_produced(&d.conn->tx, (size_t)n);
+		d.conn->row.ring_tx_bytes = d.conn->tx.w;
+		d.conn->row.tx_seen = d.conn->tx.r;
+		tell_consumer(f, d.conn);
+		if (d.conn->tx.w - d.conn->tx.r > d.conn->tx.size / 2)
+			check_consumer(d.conn, kernel_fd(f, fd));
+		if (offset)
+			*offset += n;
+	}
+	leave(&d);
+	return n;
+}
+
 /* -- the rest ------------------------------------------------------------------ */
 
 int km_stream_inq(struct km_file *f, int fd, int *bytes)

@@ -30,6 +30,13 @@ ssize_t km_send(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 		int flags);
 
 /*
+ * Reads up to count bytes of in, at *offset or at its own position, straight into
+ * the ring, and moves *offset on.  Never blocks on the socket.  The count, 0 at the
+ * end of the file, an error of read, or KM_RETRY: not on a ring, or no space.
+ */
+ssize_t km_send_from(struct km_file *f, int fd, int in, off64_t *offset, size_t count);
+
+/*
  * Bytes from a regular file (or anything read(2) takes) straight into the ring:
  * offset NULL reads at the descriptor's own position.
  */

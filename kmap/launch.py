@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The environment in which a program runs under Kmap."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from kmap import native
+from kmap.results import CannotRun
+
+
+def environment(
+    base_env: Mapping[str, str], *, options: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """base_env with the library preloaded and settings such as KMAP_LOG set.
+
+    The library goes after what LD_PRELOAD names already, so that another tool's
+    wrappers see the program's calls first, as they would without Kmap.
+    """
+    env = dict(base_env)
+    known = {option.env for option in native.options()}
+    for name, value in (options or {}).items():
+        if name not in known:
+            raise ValueError(
+                f"{name} is not a setting of this version; it has "
+                + ", ".join(sorted(known))
+            )
+        env[name] = value
+    library = str(native.preload_path())
+    if re.search(r"[\s:]", library):
+        raise CannotRun(
+            f"the dynamic loader splits LD_PRELOAD at blanks and colons, and {library} "
+            "has one: install the package in another directory"
+        )
+    before = env.get("LD_PRELOAD", "")
+    if library not in re.split(r"[\s:]+", before):
+        env["LD_PRELOAD"] = f"{before}:{library}" if before else library
+    return env
+
+
+def without_kmap(base_env: Mapping[str, str]) -> dict[str, str]:
+    """base_env with the library and every KMAP_ setting taken out."""
+    env = {name: value for name, value in base_env.items() if name[:5] != "KMAP_"}
+    kept = [
+        entry
+        for entry in re.split(r"[\s:]+", env.pop("LD_PRELOAD", ""))
+        if entry and entry.rsplit("/", 1)[-1] != native.PRELOAD_NAME
+    ]
+    if kept:
+        env["LD_PRELOAD"] = ":".join(kept)
+    return env
