@@ -184,7 +184,8 @@ static int64_t left_ns(int64_t deadline)
  * again.  0 (look again), -EINTR, -ETIMEDOUT.  short_nap says that this is the
  * first sleep of the call.
  */
-static int nap(kmap_channel *ch, km_a32 *word, uint32_t flag, int bell, int64_t deadline)
+static int nap(kmap_channel *ch, km_a32 *word, uint32_t flag, int bell,
+	       int64_t deadline)
 {
 	int64_t left = left_ns(deadline);
 	struct timespec ts;
@@ -270,7 +271,8 @@ ssize_t kmap_channel_read(kmap_channel *ch, void *buf, size_t len, int timeout_m
 	}
 }
 
-ssize_t kmap_channel_write(kmap_channel *ch, const void *buf, size_t len, int timeout_ms)
+ssize_t kmap_channel_write(kmap_channel *ch, const void *buf, size_t len,
+			   int timeout_ms)
 {
 	struct iovec iov = {(void *)(uintptr_t)buf, len};
 	struct km_wire_ring *ring = ch->tx.wire;

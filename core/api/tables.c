@@ -35,7 +35,7 @@ static const struct kmap_option options[] = {
 #define UINT "uint"
 #define SIZE "size"
 #define STR "str"
-#define X(field, env, type, min, max, fallback, help)                                \
+#define X(field, env, type, min, max, fallback, help)                                  \
 	{env, type, #fallback, help, min, max},
 #include "base/options.def"
 #undef X
@@ -45,9 +45,11 @@ static const struct kmap_option options[] = {
 #undef STR
 };
 
-#define F(structure, field)                                                          \
-	{#structure, #field, offsetof(struct structure, field),                       \
-	 sizeof(((struct structure *)0)->field)}
+#define F(structure, field)                                                            \
+	{                                                                              \
+#structure, #field, offsetof(struct structure, field),                 \
+			sizeof(((struct structure *)0)->field)                         \
+	}
 
 static const struct kmap_layout layout[] = {
 	F(km_wire_segment, magic),

@@ -26,8 +26,8 @@ enum km_sync_id {
 #endif
 
 enum km_sync_order {
-#define X(id, strong, weak, text)                                                    \
-	km_order_##id = KM_MUTANT == KM_SYNC_##id ? memory_order_##weak               \
+#define X(id, strong, weak, text)                                                      \
+	km_order_##id = KM_MUTANT == KM_SYNC_##id ? memory_order_##weak                \
 						  : memory_order_##strong,
 #include "base/sync.def"
 #undef X
@@ -37,7 +37,7 @@ typedef _Atomic(uint32_t) km_a32;
 typedef _Atomic(uint64_t) km_a64;
 
 #define km_load_sync(id, p) atomic_load_explicit((p), (memory_order)km_order_##id)
-#define km_store_sync(id, p, v)                                                      \
+#define km_store_sync(id, p, v)                                                        \
 	atomic_store_explicit((p), (v), (memory_order)km_order_##id)
 
 #define km_load_relaxed(p) atomic_load_explicit((p), memory_order_relaxed)
@@ -52,10 +52,9 @@ typedef _Atomic(uint64_t) km_a64;
 #define km_or_seq(p, v) atomic_fetch_or_explicit((p), (v), memory_order_seq_cst)
 #define km_and_seq(p, v) atomic_fetch_and_explicit((p), (v), memory_order_seq_cst)
 #define km_swap_seq(p, v) atomic_exchange_explicit((p), (v), memory_order_seq_cst)
-#define km_cas_seq(p, expected, v)                                                   \
-	atomic_compare_exchange_strong_explicit((p), (expected), (v),                 \
-						memory_order_seq_cst,                 \
-						memory_order_seq_cst)
+#define km_cas_seq(p, expected, v)                                                     \
+	atomic_compare_exchange_strong_explicit(                                       \
+		(p), (expected), (v), memory_order_seq_cst, memory_order_seq_cst)
 /* Orders the store of a position before the load of a sleeper's word, and the
  * store of that word before the look at the position. */
 #define km_fence_seq() atomic_thread_fence(memory_order_seq_cst)

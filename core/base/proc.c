@@ -9,14 +9,14 @@
 #include <sys/mman.h>
 
 struct km_proc km_proc = {.log_fd = 2};
-__thread struct km_thread km_thread __attribute__((tls_model("initial-exec"))) = {
-	.epfd = -1};
+__thread struct km_thread km_thread
+	__attribute__((tls_model("initial-exec"))) = {.epfd = -1};
 
 void km_resolve(void)
 {
 	/* Casting through void ** is how POSIX says to take a function from dlsym. */
-#define X(name)                                                                      \
-	if (!km_proc.real.name)                                                       \
+#define X(name)                                                                        \
+	if (!km_proc.real.name)                                                        \
 		*(void **)&km_proc.real.name = dlsym(RTLD_NEXT, #name);
 #include "base/symbols.def"
 #undef X
@@ -65,7 +65,8 @@ void km_unlock_slow(km_a32 *lock)
 void *km_pages(size_t bytes, bool shared)
 {
 	void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
-		       MAP_ANONYMOUS | MAP_NORESERVE | (shared ? MAP_SHARED : MAP_PRIVATE),
+		       MAP_ANONYMOUS | MAP_NORESERVE |
+			       (shared ? MAP_SHARED : MAP_PRIVATE),
 		       -1, 0);
 
 	return p == MAP_FAILED ? NULL : p;
@@ -89,7 +90,8 @@ void km_log_line(enum km_log_level level, const char *format, ...)
 	char prefix[64];
 	va_list args;
 
-	snprintf(prefix, sizeof(prefix), "kmap[%d] %s: ", km_sys_getpid(), names[level]);
+	snprintf(prefix, sizeof(prefix), "kmap[%d] %s: ", km_sys_getpid(),
+		 names[level]);
 	va_start(args, format);
 	say(km_proc.log_fd, prefix, format, args);
 	va_end(args);
@@ -141,8 +143,8 @@ static uint64_t number_option(const char *env, enum option_type type, uint64_t m
 	if (!text || !*text)
 		return fallback;
 	if (!parse_number(text, &value) || value < min || value > max) {
-		complain("%s=%s is not a number from %llu to %llu; using %llu", env, text,
-			 (unsigned long long)min, (unsigned long long)max,
+		complain("%s=%s is not a number from %llu to %llu; using %llu", env,
+			 text, (unsigned long long)min, (unsigned long long)max,
 			 (unsigned long long)fallback);
 		return fallback;
 	}
@@ -202,7 +204,7 @@ void km_options_init(void)
 #define KM_PARSE_UINT(...) number_option(__VA_ARGS__)
 #define KM_PARSE_SIZE(...) number_option(__VA_ARGS__)
 #define KM_PARSE_STR(env, type, min, max, fallback) text_option(env, fallback)
-#define X(field, env, type, min, max, fallback, help)                                \
+#define X(field, env, type, min, max, fallback, help)                                  \
 	o->field = KM_PARSE_##type(env, type, min, max, fallback);
 #include "base/options.def"
 #undef X

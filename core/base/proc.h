@@ -107,8 +107,8 @@ struct km_proc {
 	km_a32 channels;
 	/* TCP sockets tracked in this process */
 	km_a32 files;
-	bool used; /* some socket or epoll set was tracked once */
-	km_a64 memory; /* bytes of segments mapped */
+	bool used;	  /* some socket or epoll set was tracked once */
+	km_a64 memory;	  /* bytes of segments mapped */
 	km_a64 *counters; /* in the statistics memfd, or private before it exists */
 	km_a64 *reasons;
 };
@@ -116,9 +116,9 @@ struct km_proc {
 extern struct km_proc km_proc;
 
 struct km_thread {
-	int bypass; /* calls go straight to the kernel: vfork child, own work */
-	int tid;    /* 0: ask the kernel */
-	int epfd;   /* hidden epoll set for poll, select and long blocking waits */
+	int bypass;	/* calls go straight to the kernel: vfork child, own work */
+	int tid;	/* 0: ask the kernel */
+	int epfd;	/* hidden epoll set for poll, select and long blocking waits */
 	uint32_t bells; /* how many bells epfd listens to */
 	void *bell[16];
 };
@@ -129,8 +129,8 @@ extern __thread struct km_thread km_thread;
 void km_resolve(void);
 
 /* The real function of that name, resolved even before the constructor ran. */
-#define KM_REAL(name)                                                                \
-	(km_likely(km_proc.real.name != NULL) ? km_proc.real.name                     \
+#define KM_REAL(name)                                                                  \
+	(km_likely(km_proc.real.name != NULL) ? km_proc.real.name                      \
 					      : (km_resolve(), km_proc.real.name))
 
 KM_INLINE void km_count(enum km_counter c)
@@ -179,8 +179,8 @@ KM_INLINE void km_unlock(km_a32 *lock, enum km_lock_result how)
 /* Reads the environment. */
 void km_options_init(void);
 
-#define km_log(level, ...)                                                           \
-	do {                                                                          \
+#define km_log(level, ...)                                                             \
+	do {                                                                           \
 		if (km_unlikely(km_proc.log_level >= (level)))                         \
 			km_log_line(level, __VA_ARGS__);                               \
 	} while (0)

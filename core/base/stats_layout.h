@@ -18,8 +18,8 @@
 #define KM_STATS_VERSION 1u
 #define KM_STATS_HEADER 4096u
 #define KM_STATS_ROW 512u
-#define KM_STATS_COUNTERS_OFFSET 256u  /* uint64_t[64], order of counters.def */
-#define KM_STATS_REASONS_OFFSET 1024u  /* uint64_t[64], order of reasons.def */
+#define KM_STATS_COUNTERS_OFFSET 256u /* uint64_t[64], order of counters.def */
+#define KM_STATS_REASONS_OFFSET 1024u /* uint64_t[64], order of reasons.def */
 
 struct km_stats_header {
 	uint64_t magic;
@@ -28,7 +28,7 @@ struct km_stats_header {
 	uint32_t row_size;    /* KM_STATS_ROW */
 	uint32_t row_count;   /* rows that fit the file */
 	uint32_t used_rows;   /* rows ever used */
-	uint32_t pid;         /* creator, in its own PID namespace */
+	uint32_t pid;	      /* creator, in its own PID namespace */
 	char comm[16];
 };
 
@@ -43,22 +43,22 @@ enum km_row_state {
 enum km_role { KM_ROLE_UNKNOWN = 0, KM_ROLE_CONNECTOR = 1, KM_ROLE_ACCEPTOR = 2 };
 
 struct km_stats_row {
-	uint32_t state;	    /*   0 enum km_row_state */
-	uint32_t role;	    /*   4 enum km_role */
-	uint32_t reason;    /*   8 index in reasons.def */
-	uint32_t transport; /*  12 0 = shm */
-	uint64_t inode;	    /*  16 of the TCP socket, as in /proc/PID/fd */
-	int32_t fd;	    /*  24 descriptor at the time of the upgrade */
-	uint32_t pid;	    /*  28 process that upgraded it */
-	uint16_t lport;	    /*  32 local port */
-	uint16_t pport;	    /*  34 peer port */
-	uint16_t oport;	    /*  36 original destination port, 0 if the same */
-	uint16_t pad0;	    /*  38 */
-	uint8_t laddr[16];  /*  40 */
-	uint8_t paddr[16];  /*  56 */
-	uint8_t oaddr[16];  /*  72 */
-	uint32_t ring_size; /*  88 largest size of one ring, bytes */
-	uint32_t generation; /* 92 increased each time the row is reused */
+	uint32_t state;		  /*   0 enum km_row_state */
+	uint32_t role;		  /*   4 enum km_role */
+	uint32_t reason;	  /*   8 index in reasons.def */
+	uint32_t transport;	  /*  12 0 = shm */
+	uint64_t inode;		  /*  16 of the TCP socket, as in /proc/PID/fd */
+	int32_t fd;		  /*  24 descriptor at the time of the upgrade */
+	uint32_t pid;		  /*  28 process that upgraded it */
+	uint16_t lport;		  /*  32 local port */
+	uint16_t pport;		  /*  34 peer port */
+	uint16_t oport;		  /*  36 original destination port, 0 if the same */
+	uint16_t pad0;		  /*  38 */
+	uint8_t laddr[16];	  /*  40 */
+	uint8_t paddr[16];	  /*  56 */
+	uint8_t oaddr[16];	  /*  72 */
+	uint32_t ring_size;	  /*  88 largest size of one ring, bytes */
+	uint32_t generation;	  /* 92 increased each time the row is reused */
 	uint64_t ring_rx_bytes;	  /*  96 taken from the ring by the program */
 	uint64_t ring_tx_bytes;	  /* 104 put into the ring by the program */
 	uint64_t kernel_rx_bytes; /* 112 through the kernel, counted at cut-over */

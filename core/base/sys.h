@@ -29,7 +29,8 @@ static inline long km_syscall6(long n, long a, long b, long c, long d, long e, l
 
 	__asm__ __volatile__("syscall"
 			     : "=a"(ret)
-			     : "a"(n), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
+			     : "a"(n), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8),
+			       "r"(r9)
 			     : "rcx", "r11", "memory");
 	return ret;
 }
@@ -54,7 +55,7 @@ static inline long km_syscall6(long n, long a, long b, long c, long d, long e, l
 #error "Kmap runs on x86-64 and arm64"
 #endif
 
-#define KM_SYS(name, a, b, c, d, e, f)                                               \
+#define KM_SYS(name, a, b, c, d, e, f)                                                 \
 	km_syscall6(SYS_##name, (long)(a), (long)(b), (long)(c), (long)(d), (long)(e), \
 		    (long)(f))
 /* Size of the kernel's signal set. */

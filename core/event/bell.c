@@ -247,8 +247,8 @@ static int peer_bell_map(struct km_peer_bell *pb, int memfd, const struct stat *
 	int seals = km_sys_fcntl(memfd, F_GET_SEALS, 0);
 	void *p;
 
-	if (seals < 0 || (seals & (F_SEAL_SHRINK | F_SEAL_SEAL)) !=
-				 (F_SEAL_SHRINK | F_SEAL_SEAL) ||
+	if (seals < 0 ||
+	    (seals & (F_SEAL_SHRINK | F_SEAL_SEAL)) != (F_SEAL_SHRINK | F_SEAL_SEAL) ||
 	    st->st_size != KM_BELL_SIZE)
 		return -EPROTO;
 	p = mmap(NULL, KM_BELL_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
@@ -294,7 +294,8 @@ static int peer_bell_new(int memfd, int efd, uint32_t uid, const struct stat *st
 	return 0;
 }
 
-int km_peer_bell_take(struct km_file *f, int memfd, int efd, uint32_t uid, uint32_t slot)
+int km_peer_bell_take(struct km_file *f, int memfd, int efd, uint32_t uid,
+		      uint32_t slot)
 {
 	struct km_peer_bell *pb;
 	struct stat st;

@@ -29,8 +29,8 @@ struct km_reg {
 	struct km_reg *ready_next, *ready_prev;
 	struct km_reg *next;	 /* of the file; never unlinked while the file lives */
 	struct km_reg *set_next; /* of the set; or of the free list */
-	uint64_t seen_w;	 /* for files other processes use too: what was reported */
-	bool want_space;	 /* not writable when last looked at */
+	uint64_t seen_w; /* for files other processes use too: what was reported */
+	bool want_space; /* not writable when last looked at */
 };
 
 #define KM_SET_BELLS 16
@@ -40,9 +40,9 @@ struct km_reg {
 struct km_set {
 	km_a32 lock;
 	int epfd;
-	uint32_t fds;	/* descriptors, under table_lock */
-	km_a32 rings;	/* registrations that are ours */
-	km_a32 waiters; /* threads inside the kernel's epoll_wait, not armed */
+	uint32_t fds;	 /* descriptors, under table_lock */
+	km_a32 rings;	 /* registrations that are ours */
+	km_a32 waiters;	 /* threads inside the kernel's epoll_wait, not armed */
 	km_a32 sleepers; /* threads asleep in it, armed */
 	/* Something looks at the set's own readiness: poll, or an outer epoll set.
 	 * Its bells are armed for good, so that the kernel's side of it shows what
@@ -52,9 +52,9 @@ struct km_set {
 	uint32_t inners;
 	uint32_t stashed; /* the kernel's events that were taken to find that out */
 	struct epoll_event stash[KM_SET_STASH];
-	bool mixed; /* some registration was ours once: cookies may still come */
+	bool mixed;	   /* some registration was ours once: cookies may still come */
 	bool kernel_first; /* whose turn it is when there is room for one */
-	bool scan;	/* some file's news may be taken by another process */
+	bool scan;	   /* some file's news may be taken by another process */
 	struct km_reg *regs;
 	struct km_reg *ready, *ready_tail;
 	km_a32 bells;

@@ -126,8 +126,8 @@ void km_thread_listened(void)
 /* -- poll ------------------------------------------------------------------------- */
 
 struct poll_call {
-	struct pollfd *fds;   /* the program's */
-	struct pollfd *asked; /* for the kernel: n, and one for the bells */
+	struct pollfd *fds;    /* the program's */
+	struct pollfd *asked;  /* for the kernel: n, and one for the bells */
 	struct km_file **file; /* of each, or NULL */
 	nfds_t n;
 	struct km_bell *bells[16];

@@ -13,7 +13,7 @@
 #define KERNEL_EVENTS (EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET)
 #define ALWAYS (EPOLLERR | EPOLLHUP)
 /* What the kernel allows beside EPOLLEXCLUSIVE. */
-#define EXCLUSIVE_OK                                                                 \
+#define EXCLUSIVE_OK                                                                   \
 	((uint32_t)(EPOLLIN | EPOLLOUT | EPOLLERR | EPOLLHUP | EPOLLWAKEUP | EPOLLET | \
 		    EPOLLEXCLUSIVE))
 
@@ -54,7 +54,8 @@ static void reg_free(struct km_reg *reg)
 
 static struct km_reg *reg_at(uint32_t index)
 {
-	return index / SLAB < reg_chunks ? &reg_chunk[index / SLAB][index % SLAB] : NULL;
+	return index / SLAB < reg_chunks ? &reg_chunk[index / SLAB][index % SLAB]
+					 : NULL;
 }
 
 /* -- the ready list, under the set's lock ---------------------------------------- */
@@ -235,7 +236,8 @@ int km_event_attach(struct km_file *f)
 		}
 		km_unlock(&reg->set->lock, how);
 		if (err < 0) {
-			km_log(KM_LOG_ERROR, "fd %d: epoll_ctl failed (%d)", f->fd, err);
+			km_log(KM_LOG_ERROR, "fd %d: epoll_ctl failed (%d)", f->fd,
+			       err);
 			return err;
 		}
 	}
@@ -580,11 +582,13 @@ static int kernel_wait(int epfd, struct epoll_event *evs, int max, int64_t timeo
 	struct timespec ts = {timeout_ns / 1000000000, timeout_ns % 1000000000};
 	long n;
 
-	if (timeout_ns < 0 || timeout_ns % 1000000 == 0 || timeout_ns > 2147483646000000) {
+	if (timeout_ns < 0 || timeout_ns % 1000000 == 0 ||
+	    timeout_ns > 2147483646000000) {
 		int ms = timeout_ns < 0 ? -1
 					: (int)KM_MIN(timeout_ns / 1000000, INT32_MAX);
 
-		return (int)KM_SYS(epoll_pwait, epfd, evs, max, ms, mask, KM_SIGSET_SIZE);
+		return (int)KM_SYS(epoll_pwait, epfd, evs, max, ms, mask,
+				   KM_SIGSET_SIZE);
 	}
 #ifdef SYS_epoll_pwait2
 	n = KM_SYS(epoll_pwait2, epfd, evs, max, &ts, mask, KM_SIGSET_SIZE);
@@ -660,7 +664,8 @@ void km_set_watch(struct km_set *set, int epfd)
 	for (struct km_reg *reg = set->ready; reg && !ready; reg = reg->ready_next)
 		ready = reg->active && reg->ours && !reg->disarmed &&
 			(reg->fresh || !(reg->events & EPOLLET)) &&
-			(km_file_level(reg->file, reg->events) & (reg->events | ALWAYS));
+			(km_file_level(reg->file, reg->events) &
+			 (reg->events | ALWAYS));
 	km_unlock(&set->lock, how);
 	if (ready && bells)
 		km_bell_kick(set->bell[0]);

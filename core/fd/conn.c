@@ -106,8 +106,10 @@ void km_conn_free(struct km_conn *conn)
 {
 	enum km_lock_result how = km_lock(&km_proc.table_lock);
 
-	km_add_relaxed(&km_proc.counters[KM_COUNT_RING_RX_BYTES], conn->row.ring_rx_bytes);
-	km_add_relaxed(&km_proc.counters[KM_COUNT_RING_TX_BYTES], conn->row.ring_tx_bytes);
+	km_add_relaxed(&km_proc.counters[KM_COUNT_RING_RX_BYTES],
+		       conn->row.ring_rx_bytes);
+	km_add_relaxed(&km_proc.counters[KM_COUNT_RING_TX_BYTES],
+		       conn->row.ring_tx_bytes);
 	km_add_relaxed(&km_proc.counters[KM_COUNT_KERNEL_RX_BYTES],
 		       conn->row.kernel_rx_bytes);
 	km_add_relaxed(&km_proc.counters[KM_COUNT_KERNEL_TX_BYTES],

@@ -84,15 +84,15 @@ enum km_link_state {
 };
 
 struct km_file {
-	km_a32 mode; /* enum km_mode */
-	km_a32 busy; /* threads inside the kernel with this socket in mode PLAIN */
+	km_a32 mode;  /* enum km_mode */
+	km_a32 busy;  /* threads inside the kernel with this socket in mode PLAIN */
 	km_a32 users; /* threads asleep with it in mode CHANNEL */
 	uint32_t fds; /* descriptors in this process, under table_lock */
 	uint32_t generation;
-	int fd;	      /* one of them */
-	int keep_fd;  /* a duplicate, while the last was closed under a sleeper */
-	uint8_t role; /* enum km_role */
-	uint8_t last; /* direction of the last data call: 1 in, 2 out */
+	int fd;	       /* one of them */
+	int keep_fd;   /* a duplicate, while the last was closed under a sleeper */
+	uint8_t role;  /* enum km_role */
+	uint8_t last;  /* direction of the last data call: 1 in, 2 out */
 	uint8_t turns; /* times the direction changed, up to a few */
 	uint8_t tries;
 	uint8_t reason; /* enum km_reason */

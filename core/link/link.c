@@ -123,7 +123,8 @@ static void back_off(struct km_file *f, unsigned most, enum km_reason reason)
 	km_store_seq(&f->mode, KM_MODE_PINNED);
 	if (km_proc.reasons)
 		km_add_relaxed(&km_proc.reasons[reason], 1);
-	km_log(KM_LOG_DEBUG, "fd %d stays on the kernel: reason %d", f->fd, (int)reason);
+	km_log(KM_LOG_DEBUG, "fd %d stays on the kernel: reason %d", f->fd,
+	       (int)reason);
 }
 
 static void give_up(struct km_file *f, enum km_reason reason)
@@ -352,8 +353,8 @@ static int bell_fds(const struct km_file *f, int *fds)
 /* -- acceptor ----------------------------------------------------------------- */
 
 /* The Unix socket's peer must own the other end of the TCP connection. */
-static int prove(int sock, const struct km_address *local, const struct km_address *remote,
-		 uint32_t *uid)
+static int prove(int sock, const struct km_address *local,
+		 const struct km_address *remote, uint32_t *uid)
 {
 	struct ucred cred;
 	socklen_t len = sizeof(cred);
@@ -524,9 +525,8 @@ static void offer(struct km_file *f, int fd)
 static enum km_reason attach(struct km_file *f, int fd, int sock,
 			     const struct km_wire_hello *hello, int fds[HELLO_FDS])
 {
-	struct km_wire_hello ack = {.magic = KM_HELLO_MAGIC,
-				    .version = KM_WIRE_VERSION,
-				    .kind = KM_ACK};
+	struct km_wire_hello ack = {
+		.magic = KM_HELLO_MAGIC, .version = KM_WIRE_VERSION, .kind = KM_ACK};
 	struct km_address local, peer, acceptor;
 	uint32_t uid = 0, hello_state = KM_SEG_HELLO;
 	enum km_reason reason;
@@ -580,7 +580,8 @@ static enum km_reason attach(struct km_file *f, int fd, int sock,
 	bell_fds(f, own);
 	err = send_hello(sock, &ack, own, 2);
 	km_store_seq(&f->mode, KM_MODE_CHANNEL);
-	if (err < 0 || !km_cas_seq(&f->seg.wire->state, &hello_state, KM_SEG_ATTACHED)) {
+	if (err < 0 ||
+	    !km_cas_seq(&f->seg.wire->state, &hello_state, KM_SEG_ATTACHED)) {
 		abandon(f, KM_REASON_PEER_CANCELLED);
 		return KM_REASON_NONE;
 	}

@@ -21,8 +21,8 @@ KM_INLINE ssize_t km_result(ssize_t n)
  * A call that carries bytes: real is the kernel's call, ring the library's.  Not
  * ours, or plain: the kernel's call with its arguments and errno untouched.
  */
-#define KM_DATA_CALL(fd, direction, real, ring)                                       \
-	do {                                                                          \
+#define KM_DATA_CALL(fd, direction, real, ring)                                        \
+	do {                                                                           \
 		struct km_file *f = km_file_of(fd);                                    \
 		struct km_plain plain;                                                 \
 		ssize_t n;                                                             \
@@ -40,7 +40,7 @@ KM_INLINE ssize_t km_result(ssize_t n)
 			f = km_file_of(fd);                                            \
 			if (!f)                                                        \
 				return real;                                           \
-		}                                                                     \
+		}                                                                      \
 	} while (0)
 
 /* Pointers that cannot be the program's: the kernel answers EFAULT to them. */

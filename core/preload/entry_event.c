@@ -64,8 +64,8 @@ static int64_t ms_to_ns(int ms)
  * Waits on a set: as the kernel does while it holds no upgraded connection, else
  * in event/set.c.  real is the kernel's call.
  */
-#define WAIT_CALL(epfd, evs, max, timeout_ns, mask, real)                             \
-	do {                                                                          \
+#define WAIT_CALL(epfd, evs, max, timeout_ns, mask, real)                              \
+	do {                                                                           \
 		struct km_set *set = km_set_of(epfd);                                  \
 		int64_t began;                                                         \
 		int n;                                                                 \
@@ -176,7 +176,8 @@ KM_EXPORT int ppoll(struct pollfd *fds, nfds_t n, const struct timespec *timeout
 		return KM_REAL(ppoll)(fds, n, timeout, mask);
 	return (int)km_result(km_poll(
 		fds, n,
-		timeout ? timeout->tv_sec * 1000000000LL + timeout->tv_nsec : -1, mask));
+		timeout ? timeout->tv_sec * 1000000000LL + timeout->tv_nsec : -1,
+		mask));
 }
 
 KM_EXPORT int __ppoll_chk(struct pollfd *fds, nfds_t n, const struct timespec *timeout,
@@ -208,7 +209,8 @@ static void put_in(int fd, fd_set *set)
 static void empty(int n, fd_set *set)
 {
 	if (set)
-		memset(set, 0, (size_t)((n + WORD_BITS - 1) / WORD_BITS) * sizeof(word));
+		memset(set, 0,
+		       (size_t)((n + WORD_BITS - 1) / WORD_BITS) * sizeof(word));
 }
 
 static bool select_tracked(int n, const fd_set *r, const fd_set *w, const fd_set *e)
@@ -320,5 +322,6 @@ KM_EXPORT int pselect(int n, fd_set *restrict r, fd_set *restrict w, fd_set *res
 		return KM_REAL(pselect)(n, r, w, e, timeout, mask);
 	return (int)km_result(select_by_poll(
 		n, r, w, e,
-		timeout ? timeout->tv_sec * 1000000000LL + timeout->tv_nsec : -1, mask));
+		timeout ? timeout->tv_sec * 1000000000LL + timeout->tv_nsec : -1,
+		mask));
 }

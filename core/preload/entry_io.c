@@ -8,12 +8,12 @@
 #include <limits.h>
 #include <string.h>
 
-#define RECV(fd, iov, n, flags)                                                      \
-	(!((flags) & MSG_TRUNC) && km_bad_iov(iov, n) ? -EFAULT                       \
-						       : km_recv(f, fd, iov, n, flags))
-#define SEND(fd, iov, n, flags)                                                      \
+#define RECV(fd, iov, n, flags)                                                        \
+	(!((flags)&MSG_TRUNC) && km_bad_iov(iov, n) ? -EFAULT                          \
+						    : km_recv(f, fd, iov, n, flags))
+#define SEND(fd, iov, n, flags)                                                        \
 	(km_bad_iov(iov, n) ? -EFAULT : km_send(f, fd, iov, n, flags))
-#define ONE(buf, n)                                                                  \
+#define ONE(buf, n)                                                                    \
 	(&(struct iovec){(void *)(uintptr_t)(buf), KM_MIN((size_t)(n), RW_MOST)})
 /* The kernel moves no more in one call. */
 #define RW_MOST 0x7ffff000u
@@ -27,7 +27,8 @@ bool km_bad_iov(const struct iovec *iov, int iovcnt)
 }
 
 /* Like read, readv of nothing is 0 at once. */
-static ssize_t read_vector(struct km_file *f, int fd, const struct iovec *iov, int iovcnt)
+static ssize_t read_vector(struct km_file *f, int fd, const struct iovec *iov,
+			   int iovcnt)
 {
 	for (int i = 0; i < iovcnt; i++)
 		if (iov[i].iov_len)
@@ -115,11 +116,12 @@ static ssize_t vector_at(struct km_file *f, int fd, const struct iovec *iov, int
 		return -EINVAL;
 	if (iovcnt == 0)
 		return 0;
-	return out ? SEND(fd, iov, iovcnt, msg_flags) : RECV(fd, iov, iovcnt, msg_flags);
+	return out ? SEND(fd, iov, iovcnt, msg_flags)
+		   : RECV(fd, iov, iovcnt, msg_flags);
 }
 
-KM_EXPORT ssize_t preadv64v2(int fd, const struct iovec *iov, int iovcnt, off64_t offset,
-			     int flags)
+KM_EXPORT ssize_t preadv64v2(int fd, const struct iovec *iov, int iovcnt,
+			     off64_t offset, int flags)
 {
 	KM_DATA_CALL(fd, KM_IN, KM_REAL(preadv64v2)(fd, iov, iovcnt, offset, flags),
 		     vector_at(f, fd, iov, iovcnt, offset, flags, false));
@@ -298,8 +300,8 @@ static int receive_many(int fd, struct mmsghdr *msgs, unsigned count, int flags,
 
 	for (i = 0; i < count; i++) {
 		int more = i && (flags & MSG_WAITFORONE) ? MSG_DONTWAIT : 0;
-		ssize_t n = recvmsg(fd, &msgs[i].msg_hdr,
-				    (flags & ~MSG_WAITFORONE) | more);
+		ssize_t n =
+			recvmsg(fd, &msgs[i].msg_hdr, (flags & ~MSG_WAITFORONE) | more);
 
 		if (n < 0) {
 			if (i)
@@ -382,7 +384,8 @@ KM_EXPORT ssize_t tee(int in, int out, size_t count, unsigned flags)
 	return KM_REAL(tee)(in, out, count, flags);
 }
 
-KM_EXPORT ssize_t vmsplice(int fd, const struct iovec *iov, size_t count, unsigned flags)
+KM_EXPORT ssize_t vmsplice(int fd, const struct iovec *iov, size_t count,
+			   unsigned flags)
 {
 	return KM_REAL(vmsplice)(fd, iov, count, flags);
 }

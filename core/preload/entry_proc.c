@@ -70,7 +70,8 @@ KM_EXPORT long syscall(long number, ...)
 		return close(FD);
 #ifdef SYS_close_range
 	case SYS_close_range:
-		return km_result(km_entry_close_range((unsigned)a, (unsigned)b, (int)c));
+		return km_result(
+			km_entry_close_range((unsigned)a, (unsigned)b, (int)c));
 #endif
 	case SYS_dup:
 		return dup(FD);

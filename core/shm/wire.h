@@ -40,9 +40,10 @@
 struct km_wire_ring {
 	/* written by the producer */
 	_Alignas(KM_APART) km_a64 wpos; /* bytes ever put into the ring */
-	km_a64 grow_at[KM_RING_LEVELS]; /* 1 + position where level i ends; 0: not yet */
-	km_a64 cut;			/* bytes sent by the kernel before the ring */
-	km_a64 end;			/* ring bytes before the kernel takes over again */
+	km_a64 grow_at
+		[KM_RING_LEVELS]; /* 1 + position where level i ends; 0: not yet */
+	km_a64 cut;		  /* bytes sent by the kernel before the ring */
+	km_a64 end;		  /* ring bytes before the kernel takes over again */
 	km_a32 pflags;
 	/* written by the consumer */
 	_Alignas(KM_APART) km_a64 rpos; /* bytes ever taken from the ring */
@@ -96,9 +97,9 @@ struct km_wire_hello {
 	uint32_t magic;
 	uint32_t version;
 	uint32_t kind;
-	uint32_t slot;	  /* of this connection in the sender's bell */
-	uint32_t reason;  /* KM_REFUSE: index in reasons.def */
-	uint16_t lport;	  /* KM_HELLO: the acceptor's own local port */
+	uint32_t slot;	   /* of this connection in the sender's bell */
+	uint32_t reason;   /* KM_REFUSE: index in reasons.def */
+	uint16_t lport;	   /* KM_HELLO: the acceptor's own local port */
 	uint8_t laddr[16]; /* and address, IPv4 as v4-mapped */
 };
 

@@ -47,7 +47,8 @@ ssize_t km_sendfile(struct km_file *f, int fd, int in, off64_t *offset, size_t c
 		return -EINVAL;
 	count = KM_MIN(count, 0x7ffff000u);
 	while (done < count) {
-		ssize_t direct = km_send_from(f, fd, in, offset ? &at : NULL, count - done);
+		ssize_t direct =
+			km_send_from(f, fd, in, offset ? &at : NULL, count - done);
 
 		if (direct > 0) {
 			done += (size_t)direct;

@@ -365,7 +365,8 @@ static ssize_t recv_once(struct km_file *f, struct km_conn *conn, int fd,
 			return -ECONNRESET;
 		switch ((enum km_phase)conn->rx_phase) {
 		case KM_PHASE_KERNEL:
-			if (km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) & KM_P_CUT) {
+			if (km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) &
+			    KM_P_CUT) {
 				n = start_drain(conn, fd);
 				if (n < 0)
 					return n;
@@ -594,7 +595,8 @@ static int advance_iov(const struct iovec *iov, int iovcnt, size_t done,
 		done -= skip;
 		if (skip == iov[i].iov_len && skip)
 			continue;
-		out[k].iov_base = iov[i].iov_base ? (char *)iov[i].iov_base + skip : NULL;
+		out[k].iov_base =
+			iov[i].iov_base ? (char *)iov[i].iov_base + skip : NULL;
 		out[k].iov_len = iov[i].iov_len - skip;
 		k++;
 	}
@@ -643,7 +645,8 @@ ssize_t km_recv(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 				return wait_done(f, &w, done ? (ssize_t)done : n);
 			if (iovcnt > (int)KM_COUNT(rest))
 				return wait_done(f, &w, (ssize_t)done);
-			iovcnt = advance_iov(left ? left : iov, iovcnt, (size_t)n, rest);
+			iovcnt =
+				advance_iov(left ? left : iov, iovcnt, (size_t)n, rest);
 			left = rest;
 			continue;
 		}

@@ -42,7 +42,8 @@ ssize_t km_send_from(struct km_file *f, int fd, int in, off64_t *offset, size_t 
  */
 ssize_t km_sendfile(struct km_file *f, int fd, int in, off64_t *offset, size_t count);
 /* splice(2) with the socket as source or destination, a pipe at the other end. */
-ssize_t km_splice_out(struct km_file *f, int fd, int pipe, size_t count, unsigned flags);
+ssize_t km_splice_out(struct km_file *f, int fd, int pipe, size_t count,
+		      unsigned flags);
 ssize_t km_splice_in(struct km_file *f, int fd, int pipe, size_t count, unsigned flags);
 
 /* FIONREAD and SIOCOUTQ. */
