@@ -44,7 +44,7 @@ uint32_t km_file_level(struct km_file *f, uint32_t wanted)
 	uint64_t r = __atomic_load_n(&conn->rx.r, __ATOMIC_RELAXED);
 	uint64_t waiting = km_load_sync(OBSERVE, &in->wpos) - r;
 
-	ask = km_load_relaxed(&conn->kernel_bits) || rx != KM_PHASE_RING ||
+	ask = (wanted & POLLPRI) || km_load_relaxed(&conn->kernel_bits) || rx != KM_PHASE_RING ||
 	      tx != KM_PHASE_RING ||
 	      (waiting == 0 && (pflags & (KM_P_FIN | KM_P_CLOSED | KM_P_END)));
 	if (km_unlikely(ask || conn->idle_reads >= UINT32_MAX / 4)) {
@@ -204,7 +204,7 @@ static int poll_levels(struct poll_call *c)
 		/* While a direction is on a ring, what the kernel has to say of it is
 		 * that the connection has ended; while it is not, everything. */
 		c->asked[i].fd = f->keep_fd >= 0 ? f->keep_fd : c->fds[i].fd;
-		c->asked[i].events = 0;
+		c->asked[i].events = c->fds[i].events & POLLPRI;
 		if (!conn)
 			continue;
 		if (conn->rx_phase != KM_PHASE_RING || conn->tx_phase != KM_PHASE_RING)

@@ -153,28 +153,3 @@ KM_EXPORT int dup3(int from, int to, int flags)
 {
 	return km_entry_dup2(from, to, flags, true);
 }
-
-/* A stream reads and writes its descriptor by libc's own paths, which nobody can
- * interpose: such a connection belongs to the kernel. */
-KM_EXPORT FILE *fdopen(int fd, const char *mode)
-{
-	struct km_file *f = km_file_of(fd);
-
-	if (f)
-		km_file_pin(f, KM_REASON_FDOPEN);
-	return KM_REAL(fdopen)(fd, mode);
-}
-
-KM_EXPORT int fclose(FILE *stream)
-{
-	int fd = km_load_relaxed(&km_proc.files) ? fileno_unlocked(stream) : -1;
-	struct km_file *f = fd >= 0 ? km_file_of(fd) : NULL;
-	int err;
-
-	if (km_likely(!f))
-		return KM_REAL(fclose)(stream);
-	f = km_file_close_begin(fd);
-	err = KM_REAL(fclose)(stream);
-	km_file_close_end(f);
-	return err;
-}
