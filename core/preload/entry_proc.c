@@ -6,6 +6,7 @@
 
 #include "event/event.h"
 #include "preload/fork.h"
+#include "sock/signals.h"
 
 KM_EXPORT pid_t fork(void)
 {
@@ -37,6 +38,25 @@ KM_EXPORT pid_t _Fork(void)
 	if (pid < 0)
 		km_file_fork_failed();
 	return pid;
+}
+
+/* Whether a wait is restarted depends on the handlers there are. */
+KM_EXPORT int sigaction(int sig, const struct sigaction *restrict act,
+			struct sigaction *restrict old)
+{
+	int err = KM_REAL(sigaction)(sig, act, old);
+
+	if (act)
+		km_signals_changed();
+	return err;
+}
+
+KM_EXPORT sighandler_t signal(int sig, sighandler_t handler)
+{
+	sighandler_t old = KM_REAL(signal)(sig, handler);
+
+	km_signals_changed();
+	return old;
 }
 
 #define SYS_IO_URING_SETUP 425

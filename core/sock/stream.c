@@ -10,6 +10,7 @@
 
 #include "event/event.h"
 #include "link/link.h"
+#include "sock/signals.h"
 
 /* How long a blocking call trusts the futex before it waits on descriptors,
  * where it also sees a peer that died.  Nanoseconds. */
@@ -407,19 +408,6 @@ struct wait {
 	bool held;
 };
 
-int km_interrupted(void)
-{
-	for (int sig = 1; sig < NSIG; sig++) {
-		struct sigaction sa;
-
-		if (sigaction(sig, NULL, &sa) == 0 && sa.sa_handler != SIG_DFL &&
-		    sa.sa_handler != SIG_IGN && !(sa.sa_flags & SA_RESTART) &&
-		    sig != 32 && sig != 33)
-			return -EINTR;
-	}
-	return 0;
-}
-
 static void set_deadline(struct wait *w, const struct km_conn *conn, int fd, int option)
 {
 	struct timeval tv = {0, 0};
@@ -481,28 +469,34 @@ static int nap_on_futex(km_a32 *word, const struct km_conn *conn,
 		return 0;
 	km_count(KM_COUNT_FUTEX_SLEEPS);
 	err = km_sys_futex_wait(word, flags, &slice);
-	return err == -EINTR ? km_interrupted() : 0;
+	return err == -EINTR ? err : 0;
 }
 
 /* A sleep of any length on the kernel socket and the bell. */
 static int nap_on_bell(struct km_file *f, struct km_conn *conn, int fd, short events,
 		       bool (*has_news)(const struct km_conn *), int64_t left)
 {
-	int epfd = km_thread_listen(f->bell), err = 0;
-	struct pollfd pfds[2] = {{.fd = kernel_fd(f, fd), .events = events},
-				 {.fd = epfd, .events = POLLIN}};
-	/* Without a hidden epoll set to be had, look again often. */
-	bool blind = epfd < 0;
+	int epfd = km_thread_listen(f->bell), err = 0, sigfd = -1;
+	struct pollfd pfds[3] = {{.fd = kernel_fd(f, fd), .events = events},
+				 {.fd = epfd, .events = POLLIN},
+				 {.fd = -1, .events = POLLIN}};
 	struct timespec ts;
+	uint64_t mask;
 
-	if (blind)
+	/* Without a hidden epoll set to be had, look again often. */
+	if (epfd < 0)
 		left = KM_MIN(left, 1000000);
 	ts = (struct timespec){left / 1000000000, left % 1000000000};
+	if (km_signals_mixed())
+		sigfd = pfds[2].fd = km_signals_wait_begin(&mask);
 	km_bell_arm(f->bell);
 	if (!has_news(conn)) {
 		km_count(KM_COUNT_BELL_SLEEPS);
-		err = km_sys_poll(pfds, blind ? 1 : 2, left == INT64_MAX ? NULL : &ts);
+		err = (int)KM_SYS(ppoll, pfds, 3, left == INT64_MAX ? NULL : &ts,
+				  sigfd < 0 ? NULL : &mask, KM_SIGSET_SIZE, 0);
 	}
+	if (sigfd >= 0)
+		km_sys_close(sigfd);
 	km_bell_disarm(f->bell);
 	if (err > 0) {
 		if (pfds[1].revents)
@@ -513,7 +507,7 @@ static int nap_on_bell(struct km_file *f, struct km_conn *conn, int fd, short ev
 		if (pfds[0].revents & POLLIN)
 			conn->idle_reads = IDLE_READS;
 	}
-	return err == -EINTR ? km_interrupted() : 0;
+	return err == -EINTR ? err : 0;
 }
 
 /* Sleeps until something may have changed.  0: look again; -EAGAIN: timed out;
@@ -527,7 +521,7 @@ static int wait_in(struct km_file *f, struct km_conn *conn, int fd, struct wait 
 		left = w->deadline - km_now_ns();
 	if (left <= 0)
 		return -EAGAIN;
-	if (conn->rx_phase == KM_PHASE_RING && w->naps++ == 0)
+	if (conn->rx_phase == KM_PHASE_RING && w->naps++ == 0 && !km_signals_mixed())
 		return nap_on_futex(&conn->rx.wire->cons_wait, conn, rx_has_news, left);
 	return nap_on_bell(f, conn, fd, POLLIN | POLLRDHUP, rx_has_news, left);
 }
@@ -543,13 +537,22 @@ static int wait_out(struct km_file *f, struct km_conn *conn, int fd, struct wait
 		return -EAGAIN;
 	if (conn->tx_phase != KM_PHASE_RING)
 		return nap_on_bell(f, conn, fd, POLLOUT, tx_has_news, left);
-	if (w->naps++ == 0)
+	if (w->naps++ == 0 && !km_signals_mixed())
 		return nap_on_futex(&conn->tx.wire->prod_wait, conn, tx_has_news, left);
 	km_or_seq(&conn->tx.wire->prod_wait, KM_WAIT_EVENT);
 	km_fence_seq();
 	if (tx_has_news(conn))
 		return 0;
 	return nap_on_bell(f, conn, fd, POLLRDHUP, tx_has_news, left);
+}
+
+/* As on the kernel: with a time limit a signal ends the call whatever its handler
+ * asked for, and without one it depends on the handler. */
+static int interrupted(int err, const struct wait *w)
+{
+	if (err != -EINTR || w->deadline > 0)
+		return err;
+	return km_interrupted();
 }
 
 static void wait_hold(struct km_file *f, struct wait *w)
@@ -652,7 +655,7 @@ ssize_t km_recv(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 		}
 		wait_hold(f, &w);
 		leave(&d);
-		err = wait_in(f, d.conn, fd, &w);
+		err = interrupted(wait_in(f, d.conn, fd, &w), &w);
 		if (err < 0)
 			return wait_done(f, &w, done ? (ssize_t)done : err);
 	}
@@ -829,7 +832,7 @@ ssize_t km_send(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 		}
 		wait_hold(f, &w);
 		leave(&d);
-		err = wait_out(f, d.conn, fd, &w);
+		err = interrupted(wait_out(f, d.conn, fd, &w), &w);
 		if (err < 0)
 			return wait_done(f, &w, done ? (ssize_t)done : err);
 	}

@@ -61,8 +61,4 @@ void km_stream_closing(struct km_file *f, int fd);
 /* It has been closed: wakes a peer that sleeps on the rings. */
 void km_stream_goodbye(struct km_file *f, struct km_conn *conn);
 
-/* Whether a signal that interrupted a wait should end the call: -EINTR when a
- * handler without SA_RESTART is installed, else 0. */
-int km_interrupted(void);
-
 #endif
