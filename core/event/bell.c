@@ -203,7 +203,10 @@ void km_bell_drain(struct km_bell *bell)
 		enum km_lock_result how;
 		uint64_t words;
 
-		if (km_likely(km_load_seq(&wire->summary[s]) == 0))
+		/* Nothing there, and nobody on the way from taking bits to listing
+		 * what they stand for: who sees neither may sleep. */
+		if (km_likely(km_load_seq(&wire->summary[s]) == 0 &&
+			      km_load_seq(&bell->lock) == 0))
 			continue;
 		how = km_lock(&bell->lock);
 		words = km_swap_seq(&wire->summary[s], 0);

@@ -49,6 +49,7 @@ enum km_phase {
 #define KM_CONN_NONBLOCK 1u /* O_NONBLOCK as this library last saw it set */
 #define KM_CONN_RD_SHUT 2u  /* SHUT_RD here */
 #define KM_CONN_RESET 4u    /* the peer broke the protocol: ECONNRESET */
+#define KM_CONN_DIED 16u    /* the reset of a peer that died has been told */
 #define KM_CONN_TIMEOUTS 8u /* SO_RCVTIMEO or SO_SNDTIMEO may be set */
 
 struct km_conn {

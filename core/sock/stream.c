@@ -315,6 +315,14 @@ static ssize_t ask_kernel(struct km_conn *conn, int fd)
 		return -EPROTO;
 	}
 	km_or_seq(&conn->kernel_bits, POLLRDHUP);
+	/* A peer that went without a word, leaving bytes unread, would have been reset
+	 * by the kernel; the kernel does not know of the bytes in the ring. */
+	if (k == 0 && conn->tx_phase != KM_PHASE_KERNEL &&
+	    !(km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) &
+	      (KM_P_FIN | KM_P_CLOSED)) &&
+	    km_load_sync(SEE_SPACE, &conn->tx.wire->rpos) != conn->tx.w &&
+	    !(km_or_seq(&conn->flags, KM_CONN_DIED) & KM_CONN_DIED))
+		return -ECONNRESET;
 	return k;
 }
 
@@ -483,12 +491,13 @@ static int nap_on_bell(struct km_file *f, struct km_conn *conn, int fd, short ev
 	struct timespec ts;
 	uint64_t mask;
 
+	/* With a time limit every signal ends the call. */
+	if (left == INT64_MAX && km_signals_mixed())
+		sigfd = pfds[2].fd = km_signals_wait_begin(&mask);
 	/* Without a hidden epoll set to be had, look again often. */
 	if (epfd < 0)
 		left = KM_MIN(left, 1000000);
 	ts = (struct timespec){left / 1000000000, left % 1000000000};
-	if (km_signals_mixed())
-		sigfd = pfds[2].fd = km_signals_wait_begin(&mask);
 	km_bell_arm(f->bell);
 	if (!has_news(conn)) {
 		km_count(KM_COUNT_BELL_SLEEPS);
