@@ -5,9 +5,9 @@
  *
  * Locks, in the order in which they are taken (and held across fork):
  *   km_proc.link_lock   upgrades and the end of connections
- *   km_conn.rx_lock, km_conn.tx_lock   one direction of one connection
  *   km_bell.lock        draining one bell
  *   km_set.lock         one epoll set's registrations and ready list
+ *   km_conn.rx_lock, km_conn.tx_lock   one direction of one connection
  *   km_proc.table_lock  slabs and the table of connections
  */
 #ifndef KM_PROC_H

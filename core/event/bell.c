@@ -9,6 +9,9 @@
 
 #define BELLS 1024
 
+/* The set of a bell whose set was closed. */
+#define LEFT_BEHIND ((struct km_set *)-1)
+
 static struct km_bell *bells[BELLS];
 static uint32_t bell_count;
 static struct km_peer_bell *peer_bells;
@@ -149,6 +152,13 @@ int km_bell_take(struct km_file *f, uint32_t uid)
 		if (bells[i]->set == set && bells[i]->uid == uid &&
 		    !bells[i]->inherited && has_room(bells[i]))
 			bell = bells[i];
+	/* One that a closed set left behind serves as well. */
+	for (uint32_t i = 0; i < bell_count && !bell; i++)
+		if (bells[i]->set == LEFT_BEHIND && bells[i]->uid == uid &&
+		    !bells[i]->inherited && has_room(bells[i])) {
+			bell = bells[i];
+			bell->set = set;
+		}
 	if (!bell) {
 		err = bell_new(set, uid, &bell);
 		if (err < 0)
@@ -232,7 +242,7 @@ void km_bell_forget_set(struct km_set *set)
 {
 	for (uint32_t i = 0; i < bell_count; i++)
 		if (bells[i]->set == set)
-			bells[i]->set = (struct km_set *)-1;
+			bells[i]->set = LEFT_BEHIND;
 }
 
 void km_bell_fork_child(void)

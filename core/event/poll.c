@@ -37,6 +37,9 @@ uint32_t km_file_level(struct km_file *f, uint32_t wanted)
 	if (!conn)
 		return POLLHUP | POLLERR;
 	in = conn->rx.wire;
+	if (km_unlikely(conn->rx_phase == KM_PHASE_KERNEL &&
+			(km_load_sync(FLAGS_SEE, &in->pflags) & KM_P_CUT)))
+		km_stream_settle(f, f->fd);
 	rx = conn->rx_phase;
 	tx = conn->tx_phase;
 	pflags = km_load_sync(FLAGS_SEE, &in->pflags);
@@ -44,8 +47,8 @@ uint32_t km_file_level(struct km_file *f, uint32_t wanted)
 	uint64_t r = __atomic_load_n(&conn->rx.r, __ATOMIC_RELAXED);
 	uint64_t waiting = km_load_sync(OBSERVE, &in->wpos) - r;
 
-	ask = (wanted & POLLPRI) || km_load_relaxed(&conn->kernel_bits) || rx != KM_PHASE_RING ||
-	      tx != KM_PHASE_RING ||
+	ask = (wanted & POLLPRI) || km_load_relaxed(&conn->kernel_bits) ||
+	      rx != KM_PHASE_RING || tx != KM_PHASE_RING ||
 	      (waiting == 0 && (pflags & (KM_P_FIN | KM_P_CLOSED | KM_P_END)));
 	if (km_unlikely(ask || conn->idle_reads >= UINT32_MAX / 4)) {
 		struct pollfd pfd = {.fd = f->keep_fd >= 0 ? f->keep_fd : f->fd,
@@ -61,8 +64,8 @@ uint32_t km_file_level(struct km_file *f, uint32_t wanted)
 	/* An end of file or error shows as readable, on the kernel as here. */
 	if (kernel & POLLIN)
 		bits |= POLLIN | POLLRDNORM;
-	if ((rx == KM_PHASE_RING || rx == KM_PHASE_DRAIN || (pflags & KM_P_CUT)) &&
-	    waiting >= (uint64_t)KM_MAX(conn->lowat, 1))
+	/* While kernel bytes are under way, those in the ring have to wait. */
+	if (rx == KM_PHASE_RING && waiting >= (uint64_t)KM_MAX(conn->lowat, 1))
 		bits |= POLLIN | POLLRDNORM;
 	if (km_load_relaxed(&conn->flags) & (KM_CONN_RD_SHUT | KM_CONN_RESET))
 		bits |= POLLIN | POLLRDNORM;

@@ -58,7 +58,8 @@ int km_interrupted(void)
 int km_signals_wait_begin(uint64_t *mask)
 {
 	uint64_t now = 0, set;
-	long err = KM_SYS(rt_sigprocmask, SIG_SETMASK, NULL, &now, KM_SIGSET_SIZE, 0, 0);
+	long err =
+		KM_SYS(rt_sigprocmask, SIG_SETMASK, NULL, &now, KM_SIGSET_SIZE, 0, 0);
 
 	if (err < 0)
 		return (int)err;

@@ -29,6 +29,8 @@
 #define TCP_STATE_LAST_ACK 9
 #define TCP_STATE_CLOSING 11
 
+#define IOV_MOST 1024 /* the kernel's IOV_MAX */
+
 #define GONE_BITS (POLLRDHUP | POLLHUP | POLLERR)
 
 /* -- plain calls -------------------------------------------------------------- */
@@ -408,6 +410,70 @@ static ssize_t recv_once(struct km_file *f, struct km_conn *conn, int fd,
 	}
 }
 
+/* Has the reading moved on, so that the next bytes are to be had elsewhere? */
+static bool moved_on(const struct km_conn *conn, enum km_phase before)
+{
+	uint32_t pflags = km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags);
+
+	switch ((enum km_phase)conn->rx_phase) {
+	case KM_PHASE_KERNEL:
+		return pflags & KM_P_CUT;
+	case KM_PHASE_DRAIN:
+	case KM_PHASE_ENDED:
+		return conn->rx_phase != before;
+	case KM_PHASE_RING:
+		return conn->rx_phase != before ||
+		       ((pflags & KM_P_END) &&
+			km_load_relaxed(&conn->rx.wire->end) == conn->rx.r);
+	}
+	return false;
+}
+
+static int advance_iov(const struct iovec *iov, int iovcnt, size_t done,
+		       struct iovec *out);
+
+/* Adds to the n bytes that were read what lies beyond the change of phase: a reader
+ * may take a short read for an empty socket, and no event would tell it otherwise. */
+KM_COLD static ssize_t recv_beyond(struct km_file *f, struct km_conn *conn, int fd,
+				   const struct iovec *iov, int iovcnt, int flags,
+				   ssize_t n)
+{
+	struct iovec rest[IOV_MOST];
+	int left = advance_iov(iov, iovcnt, (size_t)n, rest);
+	ssize_t m = left ? recv_once(f, conn, fd, rest, left, flags) : 0;
+
+	return m > 0 ? n + m : n;
+}
+
+/* recv_once, and on through the phases while they have something. */
+static ssize_t recv_through(struct km_file *f, struct km_conn *conn, int fd,
+			    const struct iovec *iov, int iovcnt, int flags, size_t want)
+{
+	enum km_phase before = (enum km_phase)conn->rx_phase;
+	ssize_t n = recv_once(f, conn, fd, iov, iovcnt, flags), last = 0;
+
+	while (km_unlikely(n > last && (size_t)n < want && !(flags & MSG_PEEK) &&
+			   moved_on(conn, before))) {
+		before = (enum km_phase)conn->rx_phase;
+		last = n;
+		n = recv_beyond(f, conn, fd, iov, iovcnt, flags, n);
+	}
+	return n;
+}
+
+void km_stream_settle(struct km_file *f, int fd)
+{
+	struct direction d;
+	int err;
+
+	if (!enter(f, fd, false, true, &d, &err))
+		return;
+	if (d.conn->rx_phase == KM_PHASE_KERNEL &&
+	    (km_load_sync(FLAGS_SEE, &d.conn->rx.wire->pflags) & KM_P_CUT))
+		start_drain(d.conn, kernel_fd(f, fd));
+	leave(&d);
+}
+
 /* -- waiting ------------------------------------------------------------------ */
 
 struct wait {
@@ -615,8 +681,6 @@ static int advance_iov(const struct iovec *iov, int iovcnt, size_t done,
 	return k;
 }
 
-#define IOV_MOST 1024 /* the kernel's IOV_MAX */
-
 ssize_t km_recv(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 		int flags)
 {
@@ -640,8 +704,8 @@ ssize_t km_recv(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 	for (;;) {
 		if (!enter(f, fd, false, w.held, &d, &err))
 			return wait_done(f, &w, done ? (ssize_t)done : err);
-		n = recv_once(f, d.conn, kernel_fd(f, fd), left ? left : iov,
-			      left ? iovcnt : iovcnt, flags);
+		n = recv_through(f, d.conn, kernel_fd(f, fd), left ? left : iov, iovcnt,
+				 flags, want - done);
 		if (n == -EPROTO) {
 			km_stream_reset(d.conn);
 			n = -ECONNRESET;
@@ -888,13 +952,15 @@ int km_stream_inq(struct km_file *f, int fd, int *bytes)
 
 	if (!enter(f, fd, false, false, &d, &err))
 		return err;
-	/* Before the ring is reached its bytes do count: a reader gets to them
-	 * without waiting for the peer to do anything. */
+	if (d.conn->rx_phase == KM_PHASE_KERNEL &&
+	    (km_load_sync(FLAGS_SEE, &d.conn->rx.wire->pflags) & KM_P_CUT))
+		start_drain(d.conn, fd);
+	err = 0;
 	if (d.conn->rx_phase != KM_PHASE_RING)
 		err = km_sys_ioctl(fd, SIOCINQ, &kernel);
-	else
-		err = 0;
-	if (d.conn->rx_phase == KM_PHASE_DRAIN || d.conn->rx_phase == KM_PHASE_RING)
+	/* The ring's bytes count once all of the kernel's are here. */
+	if (d.conn->rx_phase == KM_PHASE_RING ||
+	    (d.conn->rx_phase == KM_PHASE_DRAIN && (uint64_t)kernel == d.conn->rx_left))
 		n = km_ring_readable(&d.conn->rx);
 	leave(&d);
 	*bytes = (int)KM_MIN(KM_MAX(n, 0) + kernel, INT32_MAX);

@@ -46,6 +46,10 @@ ssize_t km_splice_out(struct km_file *f, int fd, int pipe, size_t count,
 		      unsigned flags);
 ssize_t km_splice_in(struct km_file *f, int fd, int pipe, size_t count, unsigned flags);
 
+/* The peer's cut-over may have been seen by nobody yet: works out whether its next
+ * byte is in the kernel or in the ring, so that readiness can be told. */
+void km_stream_settle(struct km_file *f, int fd);
+
 /* FIONREAD and SIOCOUTQ. */
 int km_stream_inq(struct km_file *f, int fd, int *bytes);
 int km_stream_outq(struct km_file *f, int fd, int *bytes);
