@@ -1,0 +1,82 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What the files of sock/ share.  Functions named once take the direction's lock as
+ * held unless they say otherwise; results are counts or negative errno values.
+ */
+#ifndef KM_SOCK_INTERNAL_H
+#define KM_SOCK_INTERNAL_H
+
+#include "sock/stream.h"
+
+#define KM_IOV_MOST 1024 /* the kernel's IOV_MAX */
+/* Empty reads, and writes that the consumer did not follow, after which the
+ * kernel is asked whether the peer still lives. */
+#define KM_IDLE_READS 32
+#define KM_STALE_WRITES 64
+#define KM_GONE_BITS (POLLRDHUP | POLLHUP | POLLERR)
+
+/* -- kernel.c: the kernel's side of an upgraded socket; none of these blocks ------- */
+
+/* The descriptor to use: after a close under a sleeper the number is not ours. */
+KM_INLINE int km_kernel_fd(const struct km_file *f, int fd)
+{
+	return km_unlikely(f->keep_fd >= 0) ? f->keep_fd : fd;
+}
+ssize_t km_kernel_recv(int fd, const struct iovec *iov, int iovcnt, int flags);
+ssize_t km_kernel_send(int fd, const struct iovec *iov, int iovcnt, int flags);
+/* revents, 0 when nothing is ready. */
+uint32_t km_kernel_poll(int fd, short events);
+/* Bytes ever handed to the kernel, and ever taken from it, on this socket. */
+int km_kernel_sent(int fd, uint64_t *out);
+int km_kernel_taken(int fd, uint64_t *out);
+
+/* -- stream.c: locks and waking ------------------------------------------------------ */
+
+struct km_side {
+	struct km_conn *conn;
+	km_a32 *lock;
+	enum km_lock_result how;
+};
+
+/* Locks one direction of f; false when f has no channel (any more), or when this
+ * thread holds the lock already (a signal handler): then *err is -EINTR.  held: the
+ * caller is a sleeper, for whom f stays even after its descriptor was closed. */
+bool km_side_enter(struct km_file *f, int fd, bool out, bool held, struct km_side *d,
+		   int *err);
+void km_side_leave(struct km_side *d);
+/* The consumer of conn's tx ring has bytes. */
+void km_tell_consumer(struct km_file *f, struct km_conn *conn);
+/* The producer of conn's rx ring has space, if it asked. */
+void km_tell_producer(struct km_file *f, struct km_conn *conn, bool anyway);
+
+/* -- recv.c --------------------------------------------------------------------------- */
+
+/* Takes notice of a cut-over by the peer. */
+void km_recv_settle(struct km_conn *conn, int fd);
+
+/* -- wait.c: sleeping, no direction lock held ----------------------------------------- */
+
+struct km_wait {
+	int64_t deadline; /* 0: not asked yet, -1: none */
+	unsigned naps;
+	bool held;
+};
+
+bool km_tx_has_news(const struct km_conn *conn);
+/* Sleeps until something may have changed.  0: look again; -EAGAIN: timed out;
+ * -EINTR. */
+int km_wait_in(struct km_file *f, struct km_conn *conn, int fd, struct km_wait *w);
+int km_wait_out(struct km_file *f, struct km_conn *conn, int fd, struct km_wait *w);
+/* What an interrupted wait means for the call: 0 to go on. */
+int km_wait_interrupted(int err, const struct km_wait *w);
+void km_wait_hold(struct km_file *f, struct km_wait *w);
+ssize_t km_wait_done(struct km_file *f, struct km_wait *w, ssize_t result);
+bool km_must_not_block(const struct km_conn *conn, int flags);
+
+/* -- iov.c ---------------------------------------------------------------------------- */
+
+size_t km_iov_total(const struct iovec *iov, int iovcnt);
+/* What is left of iov after done bytes, in out (room for iovcnt); how many parts. */
+int km_iov_advance(const struct iovec *iov, int iovcnt, size_t done, struct iovec *out);
+
+#endif

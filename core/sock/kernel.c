@@ -1,0 +1,88 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The kernel's side of an upgraded socket. */
+#include <errno.h>
+#include <linux/sockios.h>
+#include <linux/tcp.h>
+#include <netinet/in.h>
+#include <string.h>
+
+#include "sock/internal.h"
+
+/* tcpi_state: the states after the peer's FIN.  netinet/tcp.h has these names and
+ * linux/tcp.h the longer tcp_info, and they exclude each other. */
+#define TCP_STATE_TIME_WAIT 6
+#define TCP_STATE_CLOSE_WAIT 8
+#define TCP_STATE_LAST_ACK 9
+#define TCP_STATE_CLOSING 11
+
+ssize_t km_kernel_recv(int fd, const struct iovec *iov, int iovcnt, int flags)
+{
+	struct msghdr msg = {.msg_iov = (struct iovec *)(uintptr_t)iov,
+			     .msg_iovlen = (size_t)iovcnt};
+
+	return km_sys_recvmsg(fd, &msg, (flags & ~MSG_WAITALL) | MSG_DONTWAIT);
+}
+
+ssize_t km_kernel_send(int fd, const struct iovec *iov, int iovcnt, int flags)
+{
+	struct msghdr msg = {.msg_iov = (struct iovec *)(uintptr_t)iov,
+			     .msg_iovlen = (size_t)iovcnt};
+
+	return km_sys_sendmsg(fd, &msg, flags | MSG_DONTWAIT);
+}
+
+uint32_t km_kernel_poll(int fd, short events)
+{
+	struct pollfd pfd = {.fd = fd, .events = events};
+	struct timespec now = {0, 0};
+
+	return km_sys_poll(&pfd, 1, &now) > 0 ? (uint32_t)pfd.revents : 0;
+}
+
+static int tcp_info(int fd, struct tcp_info *info)
+{
+	socklen_t len = sizeof(*info);
+	int err;
+
+	memset(info, 0, sizeof(*info));
+	err = km_sys_getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, &len);
+	if (err < 0)
+		return err;
+	return len >= offsetof(struct tcp_info, tcpi_bytes_retrans) + 8 ? 0 : -ENOSYS;
+}
+
+/* Bytes ever handed to the kernel on this socket. */
+int km_kernel_sent(int fd, uint64_t *out)
+{
+	struct tcp_info info;
+	int err = tcp_info(fd, &info);
+
+	*out = info.tcpi_bytes_sent - info.tcpi_bytes_retrans + info.tcpi_notsent_bytes;
+	return err;
+}
+
+/* Bytes ever taken from the kernel on this socket. */
+int km_kernel_taken(int fd, uint64_t *out)
+{
+	struct tcp_info info;
+	int unread = 0, err;
+
+	err = km_sys_ioctl(fd, SIOCINQ, &unread);
+	if (err == 0)
+		err = tcp_info(fd, &info);
+	if (err < 0)
+		return err;
+	*out = info.tcpi_bytes_received - (uint64_t)unread;
+	/* A FIN counts as one byte received, but SIOCINQ leaves it out. */
+	switch (info.tcpi_state) {
+	case TCP_STATE_TIME_WAIT:
+	case TCP_STATE_CLOSE_WAIT:
+	case TCP_STATE_LAST_ACK:
+	case TCP_STATE_CLOSING:
+		*out -= 1;
+		break;
+	default:
+		break;
+	}
+	return 0;
+}

@@ -1,0 +1,270 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Reading from an upgraded connection. */
+#include <errno.h>
+
+#include "link/link.h"
+#include "sock/internal.h"
+
+static uint32_t limit_iov(const struct iovec *iov, int iovcnt, uint64_t limit,
+			  struct iovec *out, int most)
+{
+	int i;
+
+	for (i = 0; i < iovcnt && i < most && limit; i++) {
+		out[i] = iov[i];
+		if (out[i].iov_len > limit)
+			out[i].iov_len = limit;
+		limit -= out[i].iov_len;
+	}
+	return (uint32_t)i;
+}
+
+/* The producer has cut over: how much of its kernel bytes is still to come? */
+static ssize_t start_drain(struct km_conn *conn, int fd)
+{
+	uint64_t cut = km_load_relaxed(&conn->rx.wire->cut), taken;
+	int err = km_kernel_taken(fd, &taken);
+
+	if (err < 0)
+		return err;
+	if (cut < taken || cut - taken > (uint64_t)1 << 40)
+		return -EPROTO;
+	conn->rx_left = cut - taken;
+	conn->row.kernel_rx_bytes = cut;
+	conn->rx_phase = conn->rx_left ? KM_PHASE_DRAIN : KM_PHASE_RING;
+	return 0;
+}
+
+/* The ring is empty: has the kernel something to say?  -EAGAIN: no; 1: look at the
+ * ring again; 0: end of file; other: error. */
+static ssize_t ask_kernel(struct km_conn *conn, int fd)
+{
+	uint8_t byte;
+	struct iovec iov = {&byte, 1};
+	uint64_t r = conn->rx.r;
+	ssize_t k = km_kernel_recv(fd, &iov, 1, MSG_PEEK);
+
+	conn->idle_reads = 0;
+	if (k == -EAGAIN)
+		return k;
+	/* What the peer published before its FIN or reset comes first. */
+	if (km_load_sync(OBSERVE, &conn->rx.wire->wpos) != r)
+		return 1;
+	if (k > 0) {
+		if (km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) & KM_P_END)
+			return 1;
+		return -EPROTO;
+	}
+	km_or_seq(&conn->kernel_bits, POLLRDHUP);
+	/* A peer that went without a word, leaving bytes unread, would have been reset
+	 * by the kernel; the kernel does not know of the bytes in the ring. */
+	if (k == 0 && conn->tx_phase != KM_PHASE_KERNEL &&
+	    !(km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) &
+	      (KM_P_FIN | KM_P_CLOSED)) &&
+	    km_load_sync(SEE_SPACE, &conn->tx.wire->rpos) != conn->tx.w &&
+	    !(km_or_seq(&conn->flags, KM_CONN_DIED) & KM_CONN_DIED))
+		return -ECONNRESET;
+	return k;
+}
+
+static ssize_t recv_ring(struct km_file *f, struct km_conn *conn, int fd,
+			 const struct iovec *iov, int iovcnt, int flags)
+{
+	struct km_consumer *rx = &conn->rx;
+	ssize_t n = km_ring_read(rx, iov, iovcnt, flags & MSG_PEEK);
+	uint32_t pflags;
+
+	if (km_likely(n > 0)) {
+		conn->idle_reads = 0;
+		conn->row.rx_seen = rx->w;
+		if (!(flags & MSG_PEEK)) {
+			conn->row.ring_rx_bytes = rx->r;
+			km_tell_producer(f, conn, false);
+		}
+		return n;
+	}
+	if (n < 0)
+		return n;
+	/* Asked for nothing: the answer still depends on whether there is something. */
+	if (km_unlikely(rx->w != rx->r))
+		return 0;
+	pflags = km_load_sync(FLAGS_SEE, &rx->wire->pflags);
+	if ((pflags & KM_P_END) && km_load_relaxed(&rx->wire->end) == rx->r) {
+		conn->rx_phase = KM_PHASE_ENDED;
+		return KM_RETRY;
+	}
+	if (km_load_relaxed(&conn->flags) & KM_CONN_RD_SHUT)
+		return 0;
+	if ((pflags & (KM_P_FIN | KM_P_CLOSED | KM_P_END)) ||
+	    km_load_relaxed(&conn->kernel_bits) ||
+	    ++conn->idle_reads >= KM_IDLE_READS) {
+		n = ask_kernel(conn, fd);
+		return n == 1 ? KM_RETRY : n;
+	}
+	return -EAGAIN;
+}
+
+/* One attempt, rx_lock held.  -EAGAIN when there is nothing now. */
+static ssize_t recv_once(struct km_file *f, struct km_conn *conn, int fd,
+			 const struct iovec *iov, int iovcnt, int flags)
+{
+	struct iovec part[64];
+	ssize_t n;
+
+	for (;;) {
+		if (km_unlikely(km_load_relaxed(&conn->flags) & KM_CONN_RESET))
+			return -ECONNRESET;
+		switch ((enum km_phase)conn->rx_phase) {
+		case KM_PHASE_KERNEL:
+			if (km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) &
+			    KM_P_CUT) {
+				n = start_drain(conn, fd);
+				if (n < 0)
+					return n;
+				continue;
+			}
+			n = km_kernel_recv(fd, iov, iovcnt, flags);
+			/* A cut that came in between explains an empty socket. */
+			if (n <= 0 && (km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) &
+				       KM_P_CUT))
+				continue;
+			return n;
+		case KM_PHASE_DRAIN:
+			iovcnt = (int)limit_iov(iov, iovcnt, conn->rx_left, part,
+						KM_COUNT(part));
+			n = km_kernel_recv(fd, part, iovcnt, flags);
+			if (n > 0 && !(flags & MSG_PEEK)) {
+				conn->rx_left -= (uint64_t)n;
+				if (conn->rx_left == 0)
+					conn->rx_phase = KM_PHASE_RING;
+			}
+			return n;
+		case KM_PHASE_RING:
+			n = recv_ring(f, conn, fd, iov, iovcnt, flags);
+			if (n == KM_RETRY)
+				continue;
+			return n;
+		case KM_PHASE_ENDED:
+			return km_kernel_recv(fd, iov, iovcnt, flags);
+		}
+	}
+}
+
+/* Has the reading moved on, so that the next bytes are to be had elsewhere? */
+static bool moved_on(const struct km_conn *conn, enum km_phase before)
+{
+	uint32_t pflags = km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags);
+
+	switch ((enum km_phase)conn->rx_phase) {
+	case KM_PHASE_KERNEL:
+		return pflags & KM_P_CUT;
+	case KM_PHASE_DRAIN:
+	case KM_PHASE_ENDED:
+		return conn->rx_phase != before;
+	case KM_PHASE_RING:
+		return conn->rx_phase != before ||
+		       ((pflags & KM_P_END) &&
+			km_load_relaxed(&conn->rx.wire->end) == conn->rx.r);
+	}
+	return false;
+}
+
+/* Adds to the n bytes that were read what lies beyond the change of phase: a reader
+ * may take a short read for an empty socket, and no event would tell it otherwise. */
+KM_COLD static ssize_t recv_beyond(struct km_file *f, struct km_conn *conn, int fd,
+				   const struct iovec *iov, int iovcnt, int flags,
+				   ssize_t n)
+{
+	struct iovec rest[KM_IOV_MOST];
+	int left = km_iov_advance(iov, iovcnt, (size_t)n, rest);
+	ssize_t m = left ? recv_once(f, conn, fd, rest, left, flags) : 0;
+
+	return m > 0 ? n + m : n;
+}
+
+/* recv_once, and on through the phases while they have something. */
+static ssize_t recv_through(struct km_file *f, struct km_conn *conn, int fd,
+			    const struct iovec *iov, int iovcnt, int flags, size_t want)
+{
+	enum km_phase before = (enum km_phase)conn->rx_phase;
+	ssize_t n = recv_once(f, conn, fd, iov, iovcnt, flags), last = 0;
+
+	while (km_unlikely(n > last && (size_t)n < want && !(flags & MSG_PEEK) &&
+			   moved_on(conn, before))) {
+		before = (enum km_phase)conn->rx_phase;
+		last = n;
+		n = recv_beyond(f, conn, fd, iov, iovcnt, flags, n);
+	}
+	return n;
+}
+
+void km_recv_settle(struct km_conn *conn, int fd)
+{
+	if (conn->rx_phase == KM_PHASE_KERNEL &&
+	    (km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) & KM_P_CUT))
+		start_drain(conn, fd);
+}
+
+void km_stream_settle(struct km_file *f, int fd)
+{
+	struct km_side d;
+	int err;
+
+	if (!km_side_enter(f, fd, false, true, &d, &err))
+		return;
+	km_recv_settle(d.conn, km_kernel_fd(f, fd));
+	km_side_leave(&d);
+}
+
+ssize_t km_recv(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
+		int flags)
+{
+	struct km_wait w = {0};
+	struct iovec discard, rest[64], *left = NULL;
+	size_t want = km_iov_total(iov, iovcnt), done = 0, enough;
+	struct km_side d;
+	ssize_t n;
+	int err;
+
+	if (flags & (MSG_OOB | MSG_ERRQUEUE))
+		return km_kernel_recv(fd, iov, iovcnt, flags);
+	if (km_unlikely(f->link_state == KM_LINK_HELLO))
+		km_link_advance(f, fd);
+	if (km_unlikely(flags & MSG_TRUNC)) {
+		/* TCP's meaning: throw the bytes away. */
+		discard = (struct iovec){NULL, want};
+		iov = &discard;
+		iovcnt = 1;
+	}
+	for (;;) {
+		if (!km_side_enter(f, fd, false, w.held, &d, &err))
+			return km_wait_done(f, &w, done ? (ssize_t)done : err);
+		n = recv_through(f, d.conn, km_kernel_fd(f, fd), left ? left : iov,
+				 iovcnt, flags, want - done);
+		if (n == -EPROTO) {
+			km_stream_reset(d.conn);
+			n = -ECONNRESET;
+		}
+		if (n != -EAGAIN || km_must_not_block(d.conn, flags)) {
+			enough = flags & MSG_PEEK      ? 1
+				 : flags & MSG_WAITALL ? want
+						       : (size_t)d.conn->lowat;
+			km_side_leave(&d);
+			if (n > 0)
+				done += (size_t)n;
+			if (n <= 0 || done >= KM_MIN(enough, want))
+				return km_wait_done(f, &w, done ? (ssize_t)done : n);
+			if (iovcnt > (int)KM_COUNT(rest))
+				return km_wait_done(f, &w, (ssize_t)done);
+			iovcnt = km_iov_advance(left ? left : iov, iovcnt, (size_t)n,
+						rest);
+			left = rest;
+			continue;
+		}
+		km_wait_hold(f, &w);
+		km_side_leave(&d);
+		err = km_wait_interrupted(km_wait_in(f, d.conn, fd, &w), &w);
+		if (err < 0)
+			return km_wait_done(f, &w, done ? (ssize_t)done : err);
+	}
+}

@@ -1,0 +1,214 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Writing to an upgraded connection. */
+#include <errno.h>
+
+#include "link/link.h"
+#include "sock/internal.h"
+
+/* This end's stream goes back to the kernel at the present position. */
+static void end_tx_ring(struct km_conn *conn)
+{
+	struct km_wire_ring *wire = conn->tx.wire;
+
+	km_store_relaxed(&wire->end, conn->tx.w);
+	km_store_sync(FLAGS_SET, &wire->pflags,
+		      km_load_relaxed(&wire->pflags) | KM_P_END);
+	conn->tx_phase = KM_PHASE_ENDED;
+}
+
+/* This end's stream moves to the ring at the present byte. */
+static int cut_tx(struct km_conn *conn, int fd)
+{
+	struct km_wire_ring *wire = conn->tx.wire;
+	uint64_t sent;
+	int err = km_kernel_sent(fd, &sent);
+
+	if (err < 0)
+		return err;
+	conn->row.kernel_tx_bytes = sent;
+	km_store_relaxed(&wire->cut, sent);
+	km_store_sync(FLAGS_SET, &wire->pflags,
+		      km_load_relaxed(&wire->pflags) | KM_P_CUT);
+	conn->tx_phase = KM_PHASE_RING;
+	return 0;
+}
+
+/* Does the consumer still take what this end writes?  Asks the kernel now and
+ * then when it seems not to. */
+static void check_consumer(struct km_conn *conn, int fd)
+{
+	uint64_t r = km_load_sync(SEE_SPACE, &conn->tx.wire->rpos);
+
+	if (r != conn->stale_at || r == conn->tx.w) {
+		conn->stale_at = r;
+		conn->stale_writes = 0;
+		return;
+	}
+	if (++conn->stale_writes < KM_STALE_WRITES)
+		return;
+	conn->stale_writes = 0;
+	km_or_seq(&conn->kernel_bits, km_kernel_poll(fd, POLLRDHUP) & KM_GONE_BITS);
+}
+
+/* Is the peer's socket closed, or half closed?  Then bytes go by the kernel, which
+ * knows all that follows (RST, EPIPE, a peer that dies later). */
+static bool peer_stopped(const struct km_conn *conn)
+{
+	return (km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) &
+		(KM_P_FIN | KM_P_CLOSED)) ||
+	       km_load_relaxed(&conn->kernel_bits);
+}
+
+static ssize_t send_ring(struct km_file *f, struct km_conn *conn, int fd,
+			 const struct iovec *iov, int iovcnt)
+{
+	uint32_t level = conn->tx.level;
+	ssize_t n;
+
+	if (km_unlikely(peer_stopped(conn))) {
+		end_tx_ring(conn);
+		return KM_RETRY;
+	}
+	n = km_ring_write(&conn->tx, iov, iovcnt);
+	if (km_likely(n > 0)) {
+		conn->row.ring_tx_bytes = conn->tx.w;
+		conn->row.tx_seen = conn->tx.r;
+		km_tell_consumer(f, conn);
+		if (km_unlikely(conn->tx.level != level))
+			km_count(KM_COUNT_GROWS);
+		if (km_unlikely(conn->tx.w - conn->tx.r > conn->tx.size / 2))
+			check_consumer(conn, fd);
+		return n;
+	}
+	if (n < 0)
+		return n;
+	km_or_seq(&conn->kernel_bits, km_kernel_poll(fd, POLLRDHUP) & KM_GONE_BITS);
+	if (peer_stopped(conn))
+		return KM_RETRY;
+	/* Whoever waits for space by events is told when there is some. */
+	km_or_seq(&conn->tx.wire->prod_wait, KM_WAIT_EVENT);
+	km_fence_seq();
+	return km_tx_has_news(conn) ? KM_RETRY : -EAGAIN;
+}
+
+/* Has the handshake come to its end, so that this end may use its ring? */
+static bool may_cut(struct km_file *f, struct km_conn *conn)
+{
+	switch (km_load_sync(ATTACH_SEE, &f->seg.wire->state)) {
+	case KM_SEG_READY:
+		return f->link_state == KM_LINK_DONE && f->peer;
+	case KM_SEG_CANCELLED:
+		conn->tx_phase = KM_PHASE_ENDED;
+		conn->row.state = KM_ROW_KERNEL;
+		conn->row.reason = KM_REASON_PEER_CANCELLED;
+		return false;
+	default:
+		return false;
+	}
+}
+
+static ssize_t send_once(struct km_file *f, struct km_conn *conn, int fd,
+			 const struct iovec *iov, int iovcnt, int flags)
+{
+	ssize_t n;
+
+	for (;;) {
+		if (km_unlikely(km_load_relaxed(&conn->flags) & KM_CONN_RESET))
+			return -ECONNRESET;
+		if (km_unlikely(flags & MSG_OOB) && conn->tx_phase == KM_PHASE_RING)
+			end_tx_ring(conn);
+		switch ((enum km_phase)conn->tx_phase) {
+		case KM_PHASE_KERNEL:
+			if (may_cut(f, conn) && !peer_stopped(conn) &&
+			    !(flags & MSG_OOB) && cut_tx(conn, fd) == 0)
+				continue;
+			return km_kernel_send(fd, iov, iovcnt, flags);
+		case KM_PHASE_DRAIN:
+		case KM_PHASE_ENDED:
+			return km_kernel_send(fd, iov, iovcnt, flags);
+		case KM_PHASE_RING:
+			n = send_ring(f, conn, fd, iov, iovcnt);
+			if (n == KM_RETRY)
+				continue;
+			return n;
+		}
+	}
+}
+
+ssize_t km_send(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
+		int flags)
+{
+	struct km_wait w = {0};
+	size_t want = km_iov_total(iov, iovcnt), done = 0;
+	struct iovec rest[KM_IOV_MOST];
+	struct km_side d;
+	ssize_t n;
+	int err;
+
+	if (km_unlikely(f->link_state == KM_LINK_HELLO))
+		km_link_advance(f, fd);
+	for (;;) {
+		if (!km_side_enter(f, fd, true, w.held, &d, &err))
+			return km_wait_done(f, &w, done ? (ssize_t)done : err);
+		if (want == 0 && d.conn->tx_phase == KM_PHASE_RING &&
+		    !peer_stopped(d.conn)) {
+			km_side_leave(&d);
+			return 0;
+		}
+		n = send_once(f, d.conn, km_kernel_fd(f, fd), iov, iovcnt, flags);
+		if (n == -EPROTO) {
+			km_stream_reset(d.conn);
+			n = -ECONNRESET;
+		}
+		if (n >= 0)
+			done += (size_t)n;
+		if (n > 0 && done < want) {
+			/* Goes on even when it must not block: only an attempt that
+			 * finds the ring full asks to be told of space. */
+			km_side_leave(&d);
+			iovcnt = km_iov_advance(iov, iovcnt, (size_t)n, rest);
+			iov = rest;
+			continue;
+		}
+		if (n != -EAGAIN || km_must_not_block(d.conn, flags)) {
+			km_side_leave(&d);
+			return km_wait_done(f, &w, done ? (ssize_t)done : n);
+		}
+		km_wait_hold(f, &w);
+		km_side_leave(&d);
+		err = km_wait_interrupted(km_wait_out(f, d.conn, fd, &w), &w);
+		if (err < 0)
+			return km_wait_done(f, &w, done ? (ssize_t)done : err);
+	}
+}
+
+ssize_t km_send_from(struct km_file *f, int fd, int in, off64_t *offset, size_t count)
+{
+	ssize_t n = KM_RETRY, space;
+	struct km_side d;
+	uint8_t *at;
+	int err;
+
+	if (!km_side_enter(f, fd, true, false, &d, &err))
+		return KM_RETRY;
+	if (d.conn->tx_phase == KM_PHASE_RING && !peer_stopped(d.conn) &&
+	    !(km_load_relaxed(&d.conn->flags) & KM_CONN_RESET)) {
+		space = km_ring_space(&d.conn->tx, count, &at);
+		if (space > 0)
+			n = offset ? KM_SYS(pread64, in, at,
+					    KM_MIN((size_t)space, count), *offset, 0, 0)
+				   : km_sys_read(in, at, KM_MIN((size_t)space, count));
+	}
+	if (n > 0) {
+		km_ring_produced(&d.conn->tx, (size_t)n);
+		d.conn->row.ring_tx_bytes = d.conn->tx.w;
+		d.conn->row.tx_seen = d.conn->tx.r;
+		km_tell_consumer(f, d.conn);
+		if (d.conn->tx.w - d.conn->tx.r > d.conn->tx.size / 2)
+			check_consumer(d.conn, km_kernel_fd(f, fd));
+		if (offset)
+			*offset += n;
+	}
+	km_side_leave(&d);
+	return n;
+}

@@ -1,0 +1,182 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Sleeping in a blocking call. */
+#include <errno.h>
+#include <sys/time.h>
+
+#include "event/event.h"
+#include "sock/internal.h"
+#include "sock/signals.h"
+
+/* How long a blocking call trusts the futex before it waits on descriptors,
+ * where it also sees a peer that died.  Nanoseconds. */
+#define FUTEX_SLICE_NS 5000000
+
+static void set_deadline(struct km_wait *w, const struct km_conn *conn, int fd,
+			 int option)
+{
+	struct timeval tv = {0, 0};
+	socklen_t len = sizeof(tv);
+
+	if (w->deadline)
+		return;
+	w->deadline = -1;
+	if (!(km_load_relaxed(&conn->flags) & KM_CONN_TIMEOUTS))
+		return;
+	if (km_sys_getsockopt(fd, SOL_SOCKET, option, &tv, &len) == 0 &&
+	    (tv.tv_sec || tv.tv_usec))
+		w->deadline =
+			km_now_ns() + tv.tv_sec * 1000000000LL + tv.tv_usec * 1000LL;
+}
+
+/* Is there anything new to look at, in the direction of the wait? */
+static bool rx_has_news(const struct km_conn *conn)
+{
+	const struct km_wire_ring *wire = conn->rx.wire;
+	uint32_t pflags = km_load_sync(FLAGS_SEE, &wire->pflags);
+
+	switch ((enum km_phase)conn->rx_phase) {
+	case KM_PHASE_KERNEL:
+		return pflags & KM_P_CUT;
+	case KM_PHASE_DRAIN:
+	case KM_PHASE_ENDED:
+		return false;
+	case KM_PHASE_RING:
+		return km_load_sync(OBSERVE, &wire->wpos) != conn->rx.r ||
+		       (pflags & KM_P_END) ||
+		       (km_load_relaxed(&conn->flags) & KM_CONN_RD_SHUT);
+	}
+	return false;
+}
+
+bool km_tx_has_news(const struct km_conn *conn)
+{
+	const struct km_wire_ring *wire = conn->tx.wire;
+
+	if (conn->tx_phase != KM_PHASE_RING)
+		return false;
+	return conn->tx.w - km_load_sync(SEE_SPACE, &wire->rpos) <
+		       conn->tx.geo.size[conn->tx.geo.levels - 1] ||
+	       (km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) &
+		(KM_P_FIN | KM_P_CLOSED));
+}
+
+/* A short sleep on a wait word, where the peer's next operation wakes directly. */
+static int nap_on_futex(km_a32 *word, const struct km_conn *conn,
+			bool (*has_news)(const struct km_conn *), int64_t left)
+{
+	struct timespec slice = {0, KM_MIN(left, FUTEX_SLICE_NS)};
+	uint32_t flags = km_or_seq(word, KM_WAIT_FUTEX) | KM_WAIT_FUTEX;
+	int err;
+
+	km_fence_seq();
+	if (has_news(conn))
+		return 0;
+	km_count(KM_COUNT_FUTEX_SLEEPS);
+	err = km_sys_futex_wait(word, flags, &slice);
+	return err == -EINTR ? err : 0;
+}
+
+/* A sleep of any length on the kernel socket and the bell. */
+static int nap_on_bell(struct km_file *f, struct km_conn *conn, int fd, short events,
+		       bool (*has_news)(const struct km_conn *), int64_t left)
+{
+	int epfd = km_thread_listen(f->bell), err = 0, sigfd = -1;
+	struct pollfd pfds[3] = {{.fd = km_kernel_fd(f, fd), .events = events},
+				 {.fd = epfd, .events = POLLIN},
+				 {.fd = -1, .events = POLLIN}};
+	struct timespec ts;
+	uint64_t mask;
+
+	/* With a time limit every signal ends the call. */
+	if (left == INT64_MAX && km_signals_mixed())
+		sigfd = pfds[2].fd = km_signals_wait_begin(&mask);
+	/* Without a hidden epoll set to be had, look again often. */
+	if (epfd < 0)
+		left = KM_MIN(left, 1000000);
+	ts = (struct timespec){left / 1000000000, left % 1000000000};
+	km_bell_arm(f->bell);
+	if (!has_news(conn)) {
+		km_count(KM_COUNT_BELL_SLEEPS);
+		err = (int)KM_SYS(ppoll, pfds, 3, left == INT64_MAX ? NULL : &ts,
+				  sigfd < 0 ? NULL : &mask, KM_SIGSET_SIZE, 0);
+	}
+	if (sigfd >= 0)
+		km_sys_close(sigfd);
+	km_bell_disarm(f->bell);
+	if (err > 0) {
+		if (pfds[1].revents)
+			km_thread_listened();
+		if (pfds[0].revents & KM_GONE_BITS)
+			km_or_seq(&conn->kernel_bits,
+				  (uint32_t)pfds[0].revents & KM_GONE_BITS);
+		if (pfds[0].revents & POLLIN)
+			conn->idle_reads = KM_IDLE_READS;
+	}
+	return err == -EINTR ? err : 0;
+}
+
+/* Sleeps until something may have changed.  0: look again; -EAGAIN: timed out;
+ * -EINTR. */
+int km_wait_in(struct km_file *f, struct km_conn *conn, int fd, struct km_wait *w)
+{
+	int64_t left = INT64_MAX;
+
+	set_deadline(w, conn, km_kernel_fd(f, fd), SO_RCVTIMEO);
+	if (w->deadline > 0)
+		left = w->deadline - km_now_ns();
+	if (left <= 0)
+		return -EAGAIN;
+	if (conn->rx_phase == KM_PHASE_RING && w->naps++ == 0 && !km_signals_mixed())
+		return nap_on_futex(&conn->rx.wire->cons_wait, conn, rx_has_news, left);
+	return nap_on_bell(f, conn, fd, POLLIN | POLLRDHUP, rx_has_news, left);
+}
+
+int km_wait_out(struct km_file *f, struct km_conn *conn, int fd, struct km_wait *w)
+{
+	int64_t left = INT64_MAX;
+
+	set_deadline(w, conn, km_kernel_fd(f, fd), SO_SNDTIMEO);
+	if (w->deadline > 0)
+		left = w->deadline - km_now_ns();
+	if (left <= 0)
+		return -EAGAIN;
+	if (conn->tx_phase != KM_PHASE_RING)
+		return nap_on_bell(f, conn, fd, POLLOUT, km_tx_has_news, left);
+	if (w->naps++ == 0 && !km_signals_mixed())
+		return nap_on_futex(&conn->tx.wire->prod_wait, conn, km_tx_has_news,
+				    left);
+	km_or_seq(&conn->tx.wire->prod_wait, KM_WAIT_EVENT);
+	km_fence_seq();
+	if (km_tx_has_news(conn))
+		return 0;
+	return nap_on_bell(f, conn, fd, POLLRDHUP, km_tx_has_news, left);
+}
+
+/* As on the kernel: with a time limit a signal ends the call whatever its handler
+ * asked for, and without one it depends on the handler. */
+int km_wait_interrupted(int err, const struct km_wait *w)
+{
+	if (err != -EINTR || w->deadline > 0)
+		return err;
+	return km_interrupted();
+}
+
+void km_wait_hold(struct km_file *f, struct km_wait *w)
+{
+	if (!w->held)
+		km_file_hold(f);
+	w->held = true;
+}
+
+ssize_t km_wait_done(struct km_file *f, struct km_wait *w, ssize_t result)
+{
+	if (w->held)
+		km_file_release(f);
+	return result;
+}
+
+bool km_must_not_block(const struct km_conn *conn, int flags)
+{
+	return (flags & MSG_DONTWAIT) ||
+	       (km_load_relaxed(&conn->flags) & KM_CONN_NONBLOCK);
+}
