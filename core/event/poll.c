@@ -214,7 +214,8 @@ static int poll_levels(struct poll_call *c)
 			c->asked[i].events = c->fds[i].events;
 		if (conn->tx_phase == KM_PHASE_RING)
 			c->asked[i].events &= (short)~(POLLOUT | POLLWRNORM);
-		if (conn->rx_phase == KM_PHASE_RING &&
+		if ((conn->rx_phase == KM_PHASE_RING ||
+		     conn->tx_phase == KM_PHASE_RING) &&
 		    !km_load_relaxed(&conn->kernel_bits))
 			c->asked[i].events |= POLLRDHUP;
 		if (conn->rx_phase == KM_PHASE_KERNEL)

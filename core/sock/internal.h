@@ -26,9 +26,11 @@ ssize_t km_kernel_recv(int fd, const struct iovec *iov, int iovcnt, int flags);
 ssize_t km_kernel_send(int fd, const struct iovec *iov, int iovcnt, int flags);
 /* revents, 0 when nothing is ready. */
 uint32_t km_kernel_poll(int fd, short events);
-/* Bytes ever handed to the kernel, and ever taken from it, on this socket. */
+/* Bytes ever handed to the kernel on this socket. */
 int km_kernel_sent(int fd, uint64_t *out);
-int km_kernel_taken(int fd, uint64_t *out);
+/* Bytes ever taken from the kernel, for a peer that cut over at cut and has, or has
+ * not, gone back to the kernel since. */
+int km_kernel_taken(int fd, uint64_t cut, bool ended, uint64_t *out);
 
 /* -- stream.c: locks and waking ------------------------------------------------------ */
 

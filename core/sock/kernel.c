@@ -11,6 +11,7 @@
 /* tcpi_state: the states after the peer's FIN.  netinet/tcp.h has these names and
  * linux/tcp.h the longer tcp_info, and they exclude each other. */
 #define TCP_STATE_TIME_WAIT 6
+#define TCP_STATE_CLOSE 7
 #define TCP_STATE_CLOSE_WAIT 8
 #define TCP_STATE_LAST_ACK 9
 #define TCP_STATE_CLOSING 11
@@ -61,28 +62,47 @@ int km_kernel_sent(int fd, uint64_t *out)
 	return err;
 }
 
-/* Bytes ever taken from the kernel on this socket. */
-int km_kernel_taken(int fd, uint64_t *out)
+/*
+ * tcpi_bytes_received counts a FIN as one byte, and SIOCINQ leaves it out.  Whether
+ * there was one shows in the state, but for a socket that is closed both ways, which
+ * may have been reset instead: then it is told by the bytes there can have been.
+ */
+static bool has_fin(const struct tcp_info *info, int fd, uint64_t cut, bool ended)
 {
-	struct tcp_info info;
-	int unread = 0, err;
-
-	err = km_sys_ioctl(fd, SIOCINQ, &unread);
-	if (err == 0)
-		err = tcp_info(fd, &info);
-	if (err < 0)
-		return err;
-	*out = info.tcpi_bytes_received - (uint64_t)unread;
-	/* A FIN counts as one byte received, but SIOCINQ leaves it out. */
-	switch (info.tcpi_state) {
+	switch (info->tcpi_state) {
 	case TCP_STATE_TIME_WAIT:
 	case TCP_STATE_CLOSE_WAIT:
 	case TCP_STATE_LAST_ACK:
 	case TCP_STATE_CLOSING:
-		*out -= 1;
-		break;
+		return true;
+	case TCP_STATE_CLOSE:
+		/* A peer that went back to the kernel sent bytes beyond the cut. */
+		return ended ? !(km_kernel_poll(fd, 0) & POLLERR)
+			     : info->tcpi_bytes_received > cut;
 	default:
-		break;
+		return false;
 	}
+}
+
+int km_kernel_taken(int fd, uint64_t cut, bool ended, uint64_t *out)
+{
+	struct tcp_info info, again;
+	int unread, err = tcp_info(fd, &info);
+
+	while (err == 0) {
+		unread = 0;
+		err = km_sys_ioctl(fd, SIOCINQ, &unread);
+		if (err == 0)
+			err = tcp_info(fd, &again);
+		/* Bytes or a FIN that came in between belong to neither figure. */
+		if (err < 0 || (again.tcpi_bytes_received == info.tcpi_bytes_received &&
+				again.tcpi_state == info.tcpi_state))
+			break;
+		info = again;
+	}
+	if (err < 0)
+		return err;
+	*out = info.tcpi_bytes_received - (uint64_t)unread -
+	       has_fin(&info, fd, cut, ended);
 	return 0;
 }

@@ -23,7 +23,8 @@ static uint32_t limit_iov(const struct iovec *iov, int iovcnt, uint64_t limit,
 static ssize_t start_drain(struct km_conn *conn, int fd)
 {
 	uint64_t cut = km_load_relaxed(&conn->rx.wire->cut), taken;
-	int err = km_kernel_taken(fd, &taken);
+	uint32_t pflags = km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags);
+	int err = km_kernel_taken(fd, cut, pflags & KM_P_END, &taken);
 
 	if (err < 0)
 		return err;
