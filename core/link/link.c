@@ -580,8 +580,10 @@ static enum km_reason attach(struct km_file *f, int fd, int sock,
 	bell_fds(f, own);
 	err = send_hello(sock, &ack, own, 2);
 	km_store_seq(&f->mode, KM_MODE_CHANNEL);
+	/* The acceptor may have taken the ack, and said ready, by now. */
 	if (err < 0 ||
-	    !km_cas_seq(&f->seg.wire->state, &hello_state, KM_SEG_ATTACHED)) {
+	    (!km_cas_seq(&f->seg.wire->state, &hello_state, KM_SEG_ATTACHED) &&
+	     hello_state != KM_SEG_READY)) {
 		abandon(f, KM_REASON_PEER_CANCELLED);
 		return KM_REASON_NONE;
 	}
