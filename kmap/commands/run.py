@@ -3,13 +3,15 @@
 
 Without ``--stats`` this process becomes CMD, so signals, exit status and process
 number are CMD's own.  With it, CMD is a child: signals sent to this process are passed
-on, and this process ends as CMD ended, after one line on standard error.
+on, and this process ends as CMD ended, after one line on standard error.  ``--json``
+is ``--stats`` for scripts: the counters are the one document on standard output.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import resource
 import signal
@@ -103,6 +105,12 @@ def add_parser(subparsers: SubParsers) -> None:
         "error when it has ended; processes whose first upgrade is within the last "
         f"{_LOOK_LATE_S:g} s of their life can be missed",
     )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="like --stats, with one JSON document on standard output instead of the "
+        "line; what CMD writes to standard output goes to standard error",
+    )
     parser.add_argument("cmd", nargs=argparse.REMAINDER, metavar="CMD [ARG...]")
 
 
@@ -153,8 +161,8 @@ def run(args: argparse.Namespace) -> NoReturn:
             )
         options["KMAP_LOG"] = args.log
     env = environment(_initial_environment(), options=options)
-    if args.stats:
-        _run_with_statistics(cmd, env)
+    if args.stats or args.json:
+        _run_with_statistics(cmd, env, as_json=args.json)
     _execute(cmd, env)
 
 
@@ -178,7 +186,8 @@ class _Collector:
                     else:
                         os.close(fd)
 
-    def line(self) -> str:
+    def totals(self) -> tuple[int, dict[str, int]]:
+        """How many processes had statistics, and the sums of their counters."""
         totals: dict[str, int] = {}
         names = [counter.name for counter in native.counters()]
         found = 0
@@ -197,6 +206,10 @@ class _Collector:
                     totals[name] = totals.get(name, 0) + getattr(row, name)
                 for name in ("kernel_rx_bytes", "kernel_tx_bytes"):
                     totals[name] = totals.get(name, 0) + getattr(row, name)
+        return found, totals
+
+    def line(self) -> str:
+        found, totals = self.totals()
         if not found:
             return "kmap: no process was seen with an upgraded connection"
         return f"kmap: {found} process{'es' if found > 1 else ''}, " + ", ".join(
@@ -204,7 +217,22 @@ class _Collector:
         )
 
 
-def _run_with_statistics(cmd: Sequence[str], env: Mapping[str, str]) -> NoReturn:
+def _document(collector: _Collector, exit_code: int) -> str:
+    processes, totals = collector.totals()
+    return json.dumps(
+        {
+            "schema": "kmap.run/1",
+            "ok": exit_code == 0,
+            "exit_code": exit_code,
+            "processes": processes,
+            "counters": totals,
+        }
+    )
+
+
+def _run_with_statistics(
+    cmd: Sequence[str], env: Mapping[str, str], *, as_json: bool
+) -> NoReturn:
     blocked = {signal.SIGCHLD, *_PASSED_ON}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     sys.stdout.flush()
@@ -212,6 +240,8 @@ def _run_with_statistics(cmd: Sequence[str], env: Mapping[str, str]) -> NoReturn
     child = os.fork()
     if child == 0:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if as_json:
+            os.dup2(2, 1)
         _execute(cmd, env)
     collector = _Collector(child)
     began = time.monotonic()
@@ -230,8 +260,10 @@ def _run_with_statistics(cmd: Sequence[str], env: Mapping[str, str]) -> NoReturn
             pid, status = os.waitpid(child, os.WNOHANG)
             if pid == child:
                 break
-    print(collector.line(), file=sys.stderr)
-    sys.stderr.flush()
+    if as_json:
+        print(_document(collector, os.waitstatus_to_exitcode(status)), flush=True)
+    else:
+        print(collector.line(), file=sys.stderr, flush=True)
     if os.WIFSIGNALED(status):
         # End by the same signal, without a core file of our own.
         ended_by = os.WTERMSIG(status)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -25,6 +26,17 @@ def test_exit_status_is_the_programs(
 ) -> None:
     done = kmap("run", *options, "--", "sh", "-c", f"exit {status}", env=kernel_env)
     assert done.returncode == status
+
+
+def test_json_is_the_only_thing_on_standard_output(kernel_env: dict[str, str]) -> None:
+    command = ("sh", "-c", "echo hello; exit 3")
+    done = kmap("run", "--json", "--", *command, env=kernel_env)
+    assert done.returncode == 3
+    document = json.loads(done.stdout)
+    assert document["schema"] == "kmap.run/1"
+    assert (document["ok"], document["exit_code"]) == (False, 3)
+    assert (document["processes"], document["counters"]) == (0, {})
+    assert "hello" in done.stderr
 
 
 @pytest.mark.parametrize("options", [(), ("--stats",)])
