@@ -236,6 +236,10 @@ class SocketCase(Case):
             self._begin([plan.number for plan in mine], None)
         return ports
 
+    def _six(self, plan: ConnectionPlan) -> bool:
+        """Whether a connection that this side accepts comes by IPv6."""
+        return plan.ipv6 and self.worker.listener6 is not None
+
     def _prepare(self, plan: ConnectionPlan, sock: socket.socket) -> None:
         end = plan.ends[self.side]
         if end.buffer:
@@ -246,11 +250,18 @@ class SocketCase(Case):
 
     def go(self, ports: dict[str, int]) -> None:
         side = self.side
-        by_port = {port: self.plans[int(number)] for number, port in ports.items()}
+        # IPv4 and IPv6 give out the same port numbers.
+        by_port = {
+            (self._six(self.plans[int(number)]), port): self.plans[int(number)]
+            for number, port in ports.items()
+        }
+        assert len(by_port) == len(ports)
         for expected in by_port.values():
-            six = self.worker.listener6 if expected.ipv6 else None
-            sock, address = (six or self.worker.listener).accept()
-            plan = by_port[address[1]]
+            six = self._six(expected)
+            listener = self.worker.listener6 if six else self.worker.listener
+            assert listener is not None
+            sock, address = listener.accept()
+            plan = by_port[six, address[1]]
             self._prepare(plan, sock)
             self._sockets[plan.number] = sock
         limit = self.plan.limits.get(side)
