@@ -40,6 +40,7 @@ uint32_t km_file_level(struct km_file *f, uint32_t wanted)
 	if (km_unlikely(conn->rx_phase == KM_PHASE_KERNEL &&
 			(km_load_sync(FLAGS_SEE, &in->pflags) & KM_P_CUT)))
 		km_stream_settle(f, f->fd);
+	km_stream_look(f, f->fd);
 	rx = conn->rx_phase;
 	tx = conn->tx_phase;
 	pflags = km_load_sync(FLAGS_SEE, &in->pflags);
@@ -47,6 +48,10 @@ uint32_t km_file_level(struct km_file *f, uint32_t wanted)
 	uint64_t r = __atomic_load_n(&conn->rx.r, __ATOMIC_RELAXED);
 	uint64_t waiting = km_load_sync(OBSERVE, &in->wpos) - r;
 
+	if (km_unlikely(conn->rx_end)) {
+		waiting = conn->rx_end - 1 - r;
+		pflags |= KM_P_END;
+	}
 	ask = (wanted & POLLPRI) || km_load_relaxed(&conn->kernel_bits) ||
 	      rx != KM_PHASE_RING || tx != KM_PHASE_RING ||
 	      (waiting == 0 && (pflags & (KM_P_FIN | KM_P_CLOSED | KM_P_END)));
@@ -71,7 +76,9 @@ uint32_t km_file_level(struct km_file *f, uint32_t wanted)
 		bits |= POLLIN | POLLRDNORM;
 	if (km_load_relaxed(&conn->flags) & KM_CONN_RESET)
 		bits |= POLLERR | POLLHUP;
-	if (tx != KM_PHASE_RING || km_load_relaxed(&conn->kernel_bits)) {
+	if (tx == KM_PHASE_DRAIN) {
+		/* Not before all that came earlier has gone. */
+	} else if (tx != KM_PHASE_RING || km_load_relaxed(&conn->kernel_bits)) {
 		bits |= kernel & (POLLOUT | POLLWRNORM);
 	} else if (ring_writable(conn)) {
 		bits |= POLLOUT | POLLWRNORM;
@@ -218,8 +225,11 @@ static int poll_levels(struct poll_call *c)
 		     conn->tx_phase == KM_PHASE_RING) &&
 		    !km_load_relaxed(&conn->kernel_bits))
 			c->asked[i].events |= POLLRDHUP;
-		if (conn->rx_phase == KM_PHASE_KERNEL)
+		/* Bytes by the kernel tell of a peer that has gone back to it. */
+		if (conn->rx_phase != KM_PHASE_ENDED)
 			c->asked[i].events |= POLLIN & c->fds[i].events;
+		if (conn->tx_phase == KM_PHASE_DRAIN && conn->tx_resend)
+			c->asked[i].events |= POLLOUT;
 	}
 	return ready;
 }
@@ -238,6 +248,10 @@ static int poll_answers(struct poll_call *c)
 			if (c->file[i]->conn)
 				km_or_seq(&c->file[i]->conn->kernel_bits,
 					  (uint32_t)c->asked[i].revents & GONE_BITS);
+		} else if ((c->asked[i].revents & POLLIN) && c->file[i]->conn &&
+			   c->file[i]->conn->rx_phase == KM_PHASE_RING) {
+			/* The next look is to ask the kernel too. */
+			c->file[i]->conn->idle_reads = UINT32_MAX / 2;
 		}
 		c->asked[i].revents = 0;
 	}

@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 
 #include "event/event.h"
+#include "link/held.h"
 #include "link/link.h"
 #include "sock/stream.h"
 
@@ -164,6 +165,7 @@ void km_file_close_end(struct km_file *f)
 		f->keep_fd = -1;
 	}
 	km_event_detach(f);
+	km_held_drop(f);
 	if (f->conn)
 		km_file_detach(f);
 	km_unlock(&km_proc.link_lock, how);

@@ -40,7 +40,9 @@ enum km_mode {
 /* Phases of one direction of an upgraded connection, always in this order. */
 enum km_phase {
 	KM_PHASE_KERNEL, /* not cut over yet */
-	KM_PHASE_DRAIN,	 /* reading: rx_left bytes are still in the kernel */
+	/* reading: rx_left bytes are still in the kernel; writing: what the consumer
+	 * left in the ring has to go by the kernel first */
+	KM_PHASE_DRAIN,
 	KM_PHASE_RING,
 	KM_PHASE_ENDED, /* the kernel again, for good */
 };
@@ -51,6 +53,7 @@ enum km_phase {
 #define KM_CONN_RESET 4u    /* the peer broke the protocol: ECONNRESET */
 #define KM_CONN_DIED 16u    /* the reset of a peer that died has been told */
 #define KM_CONN_TIMEOUTS 8u /* SO_RCVTIMEO or SO_SNDTIMEO may be set */
+#define KM_CONN_GIVEN 32u   /* another program may have it: a close here ends nothing */
 
 struct km_conn {
 	struct km_stats_row row;
@@ -63,6 +66,8 @@ struct km_conn {
 	km_a32 kernel_bits;
 	uint32_t rx_phase, tx_phase; /* enum km_phase, under the direction lock */
 	uint64_t rx_left;
+	uint64_t rx_end;    /* 1 + position where this end stopped reading, 0: not */
+	uint64_t tx_resend; /* 1 + position of the next byte that the consumer left */
 	struct km_producer tx;
 	struct km_consumer rx;
 	uint32_t idle_reads;   /* empty reads since the kernel was last asked */
@@ -91,6 +96,7 @@ struct km_file {
 	uint32_t fds; /* descriptors in this process, under table_lock */
 	uint32_t generation;
 	int fd;	       /* one of them */
+	int given;     /* 1 + the number that a program gets it as, 0: none known */
 	int keep_fd;   /* a duplicate, while the last was closed under a sleeper */
 	uint8_t role;  /* enum km_role */
 	uint8_t last;  /* direction of the last data call: 1 in, 2 out */
@@ -99,9 +105,11 @@ struct km_file {
 	uint8_t reason; /* enum km_reason */
 	uint8_t link_state;
 	bool scan;    /* other processes may take its news: look at it always */
+	bool passed;  /* came in a message: others may have it */
 	bool closing; /* no descriptor left, a sleeper still has it */
 	uint32_t calls, next_try;
 	int link_fd;
+	int held_fd;   /* bound to the name of a passed socket; 0: none */
 	km_a32 *procs; /* processes that hold the socket, when forked before */
 	struct km_conn *conn;
 	struct km_segment seg;
@@ -136,6 +144,18 @@ KM_INLINE enum km_fd_kind km_fd_kind(uint64_t entry)
 KM_INLINE void *km_fd_object(uint64_t entry)
 {
 	return (void *)(uintptr_t)(entry & ~(uint64_t)3);
+}
+
+/* What stands in the table, for the child of a vfork too. */
+KM_INLINE uint64_t km_fd_peek(int fd)
+{
+	km_a64 *chunk;
+
+	if ((unsigned)fd >= KM_FD_MAX)
+		return 0;
+	chunk = __atomic_load_n(&km_fd_chunks[(unsigned)fd / KM_FD_CHUNK],
+				__ATOMIC_ACQUIRE);
+	return chunk ? km_load_acquire(&chunk[(unsigned)fd % KM_FD_CHUNK]) : 0;
 }
 
 /* The tracked TCP socket that fd is, or NULL. */
@@ -173,6 +193,26 @@ void km_fd_forget(int fd);
 
 /* Pins a plain file to the kernel. */
 void km_file_pin(struct km_file *f, enum km_reason reason);
+
+/*
+ * Plain or upgraded, f goes on by the kernel for good, and for this reason.  0, -EAGAIN
+ * (in a signal handler that interrupted an upgrade), or the error of
+ * km_stream_retreat.  May be called by the child of a vfork, as may the next two.
+ * take: see there.
+ */
+int km_file_to_kernel(struct km_file *f, int fd, enum km_reason reason, bool take);
+/* Another program is about to get fd: by exec as number to, or in a message (to is
+ * KM_BY_MESSAGE).  When unread bytes would be lost in a message the connection is reset;
+ * those for an exec are taken care of by the next. */
+#define KM_BY_MESSAGE (-1)
+void km_file_hand_on(int fd, int to);
+/*
+ * The same for every descriptor that is not closed by an exec.  Unread bytes that no
+ * other process has, or that the peer cannot send again, are put into *memfd (made if
+ * need be) for the new image if it takes them; memfd is NULL when it does not.  becomes:
+ * this process is the one that execs.
+ */
+void km_file_hand_on_survivors(int *memfd, bool becomes);
 
 /*
  * Closing takes two steps around the kernel's own close (or dup2): begin, with

@@ -81,3 +81,14 @@ int km_diag_owner(const struct km_address *local, const struct km_address *remot
 	km_sys_close(fd);
 	return err;
 }
+
+bool km_diag_listens(const struct km_address *at)
+{
+	struct km_address nobody;
+	uint32_t uid;
+
+	memset(&nobody, 0, sizeof(nobody));
+	if (is_v4(at))
+		memset(nobody.ip + 10, 0xff, 2);
+	return km_diag_owner(at, &nobody, &uid) == 0;
+}

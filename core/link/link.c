@@ -9,6 +9,7 @@
 #include <sys/un.h>
 
 #include "event/event.h"
+#include "link/held.h"
 #include "sock/stream.h"
 
 #ifndef SO_ORIGINAL_DST
@@ -676,7 +677,9 @@ void km_link_poke(struct km_file *f, int fd)
 	    km_load_seq(&f->busy) == 0 && km_file_of(fd) == f) {
 		switch ((enum km_link_state)f->link_state) {
 		case KM_LINK_NONE:
-			if (f->role == KM_ROLE_CONNECTOR)
+			if (f->passed && !km_held_take(f, fd))
+				back_off(f, ACCEPTOR_TRIES, KM_REASON_SHARED);
+			else if (f->role == KM_ROLE_CONNECTOR)
 				offer(f, fd);
 			else if (f->role == KM_ROLE_ACCEPTOR)
 				knock(f, fd);
@@ -797,6 +800,76 @@ void km_link_settle(struct km_file *f)
 		}
 		return;
 	}
+}
+
+void km_link_withdraw(struct km_file *f)
+{
+	uint32_t state = KM_SEG_HELLO;
+
+	if (f->link_state != KM_LINK_HELLO)
+		return;
+	/* Attached or not, the connector uses nothing before it sees ready. */
+	if (!km_cas_seq(&f->seg.wire->state, &state, KM_SEG_CANCELLED) &&
+	    state == KM_SEG_ATTACHED)
+		km_cas_seq(&f->seg.wire->state, &state, KM_SEG_CANCELLED);
+	abandon(f, KM_REASON_HANDED_ON);
+	if (km_thread.bypass) {
+		/* The descriptor is the parent's, which finds the handshake
+		 * cancelled. */
+		f->link_state = KM_LINK_HELLO;
+		return;
+	}
+	km_fd_unhide(f->link_fd);
+	f->link_fd = -1;
+}
+
+enum km_role km_link_role(int fd)
+{
+	struct km_address local, peer;
+
+	if (addresses(fd, &local, &peer) < 0)
+		return KM_ROLE_UNKNOWN;
+	/* Most of what is passed on was accepted. */
+	return !km_diag_listens(&local) && km_diag_listens(&peer) ? KM_ROLE_CONNECTOR
+								  : KM_ROLE_ACCEPTOR;
+}
+
+int km_link_alone(struct km_file *f, int fd, uint32_t ring_size)
+{
+	enum km_lock_result how = km_lock(&km_proc.link_lock);
+	struct km_address local, peer;
+	enum km_reason reason;
+	struct km_conn *conn;
+	int memfd, err = addresses(fd, &local, &peer);
+
+	if (err < 0) {
+		/* The connection is over; what was unread is still to be had. */
+		memset(&local, 0, sizeof(local));
+		memset(&peer, 0, sizeof(peer));
+	}
+	conn = km_conn_new(&reason);
+	err = conn ? km_segment_create(&f->seg, ring_size, &memfd) : -ENOMEM;
+	if (err == 0) {
+		km_sys_close(memfd);
+		conn_start(f, fd, conn, &local, &peer, NULL);
+		err = km_bell_take(f, geteuid());
+		if (err < 0) {
+			conn_undo(f);
+			km_segment_unmap(&f->seg);
+		}
+	} else if (conn) {
+		km_conn_free(conn);
+	}
+	if (err == 0) {
+		km_store_seq(&f->seg.wire->state, KM_SEG_READY);
+		conn->tx_phase = KM_PHASE_ENDED;
+		conn->row.state = KM_ROW_KERNEL;
+		conn->row.reason = KM_REASON_HANDED_ON;
+		f->reason = KM_REASON_HANDED_ON;
+		f->link_state = KM_LINK_DONE;
+	}
+	km_unlock(&km_proc.link_lock, how);
+	return err;
 }
 
 struct find {

@@ -31,6 +31,19 @@ void km_link_advance(struct km_file *f, int fd);
  * held. */
 void km_link_cancel(struct km_file *f);
 
+/* f, upgraded or about to be, goes back to the kernel: ends a handshake that was not
+ * ready.  For the child of a vfork too.  link_lock held. */
+void km_link_withdraw(struct km_file *f);
+
+/* Which end of its connection fd is, by where somebody listens; an error of
+ * getsockname makes it unknown. */
+enum km_role km_link_role(int fd);
+
+/* Makes f, whose descriptor fd came from another program, a channel without a peer, with
+ * rings of that size: the kernel sends, and the caller fills the other ring and sets the
+ * mode.  0 or a negative errno value. */
+int km_link_alone(struct km_file *f, int fd, uint32_t ring_size);
+
 /* Before fork: completes or abandons what is under way.  link_lock held. */
 void km_link_settle(struct km_file *f);
 
@@ -47,5 +60,7 @@ int km_link_other_fd(struct km_file *f);
  */
 int km_diag_owner(const struct km_address *local, const struct km_address *remote,
 		  uint32_t *uid);
+/* Does somebody in this network namespace listen there? */
+bool km_diag_listens(const struct km_address *at);
 
 #endif

@@ -100,6 +100,8 @@ KM_EXPORT int dup(int fd)
 {
 	int to = KM_REAL(dup)(fd);
 
+	if (km_unlikely(km_thread.bypass) && to >= 0)
+		km_file_hand_on(fd, to);
 	if (to >= 0) {
 		km_fd_forget(to);
 		km_fd_dup(fd, to);
@@ -121,6 +123,8 @@ int km_entry_dup2(int from, int to, int flags, bool dup3_)
 	uint64_t entry = km_fd_entry(to);
 	int result;
 
+	if (km_unlikely(km_thread.bypass) && from != to)
+		km_file_hand_on(from, to);
 	if (km_fd_kind(entry) == KM_FD_HIDDEN)
 		make_way(to);
 	/* Nothing happens to a valid descriptor that is put over itself, or when

@@ -8,6 +8,8 @@
 #include <limits.h>
 #include <string.h>
 
+#include "link/held.h"
+
 #define RECV(fd, iov, n, flags)                                                        \
 	(!((flags)&MSG_TRUNC) && km_bad_iov(iov, n) ? -EFAULT                          \
 						    : km_recv(f, fd, iov, n, flags))
@@ -208,7 +210,7 @@ static ssize_t receive_message(struct km_file *f, int fd, struct msghdr *msg, in
 }
 
 /* Descriptors that arrive may reuse numbers whose close was not seen. */
-static void forget_received(struct msghdr *msg)
+static void take_received(struct msghdr *msg)
 {
 	for (struct cmsghdr *c = CMSG_FIRSTHDR(msg); c; c = CMSG_NXTHDR(msg, c)) {
 		size_t count;
@@ -220,7 +222,7 @@ static void forget_received(struct msghdr *msg)
 			int fd;
 
 			memcpy(&fd, CMSG_DATA(c) + i * sizeof(int), sizeof(fd));
-			km_fd_forget(fd);
+			km_held_received(fd);
 		}
 	}
 }
@@ -229,8 +231,8 @@ static ssize_t receive_plain(int fd, struct msghdr *msg, int flags)
 {
 	ssize_t n = KM_REAL(recvmsg)(fd, msg, flags);
 
-	if (n >= 0 && msg->msg_controllen && km_load_relaxed(&km_proc.files))
-		forget_received(msg);
+	if (n >= 0 && msg->msg_controllen)
+		take_received(msg);
 	return n;
 }
 
@@ -259,6 +261,35 @@ KM_EXPORT ssize_t sendto(int fd, const void *buf, size_t n_, int flags,
 		     SEND(fd, ONE(buf, n_), 1, flags));
 }
 
+/* Descriptors in a message are about to be another program's. */
+static void hand_on_rights(const struct msghdr *msg)
+{
+	struct msghdr *m = (struct msghdr *)(uintptr_t)msg;
+
+	if (km_bad_pointer(msg, sizeof(*msg)) || !msg->msg_controllen ||
+	    km_bad_pointer(msg->msg_control, msg->msg_controllen))
+		return;
+	for (struct cmsghdr *c = CMSG_FIRSTHDR(m); c; c = CMSG_NXTHDR(m, c)) {
+		if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS ||
+		    c->cmsg_len < CMSG_LEN(0))
+			continue;
+		for (size_t at = 0; at + CMSG_LEN(sizeof(int)) <= c->cmsg_len;
+		     at += sizeof(int)) {
+			int fd;
+
+			memcpy(&fd, CMSG_DATA(c) + at, sizeof(fd));
+			km_file_hand_on(fd, KM_BY_MESSAGE);
+		}
+	}
+}
+
+static ssize_t send_plain(int fd, const struct msghdr *msg, int flags)
+{
+	if (km_unlikely(km_load_relaxed(&km_proc.files)) && !km_file_of(fd))
+		hand_on_rights(msg);
+	return KM_REAL(sendmsg)(fd, msg, flags);
+}
+
 static ssize_t send_message(struct km_file *f, int fd, const struct msghdr *msg,
 			    int flags)
 {
@@ -284,7 +315,7 @@ static ssize_t send_message(struct km_file *f, int fd, const struct msghdr *msg,
 
 KM_EXPORT ssize_t sendmsg(int fd, const struct msghdr *msg, int flags)
 {
-	KM_DATA_CALL(fd, KM_OUT, KM_REAL(sendmsg)(fd, msg, flags),
+	KM_DATA_CALL(fd, KM_OUT, send_plain(fd, msg, flags),
 		     send_message(f, fd, msg, flags));
 }
 
@@ -320,8 +351,14 @@ KM_EXPORT int recvmmsg(int fd, struct mmsghdr *msgs, unsigned count, int flags,
 {
 	struct km_file *f = km_file_of(fd);
 
-	if (!f || km_load_acquire(&f->mode) == KM_MODE_PINNED)
-		return KM_REAL(recvmmsg)(fd, msgs, count, flags, timeout);
+	if (!f || km_load_acquire(&f->mode) == KM_MODE_PINNED) {
+		int n = KM_REAL(recvmmsg)(fd, msgs, count, flags, timeout);
+
+		for (int i = 0; i < n; i++)
+			if (msgs[i].msg_hdr.msg_controllen)
+				take_received(&msgs[i].msg_hdr);
+		return n;
+	}
 	return receive_many(fd, msgs, count, flags, timeout);
 }
 
@@ -331,6 +368,10 @@ KM_EXPORT int sendmmsg(int fd, struct mmsghdr *msgs, unsigned count, int flags)
 	int saved = errno;
 	unsigned i;
 
+	if (!f && km_load_relaxed(&km_proc.files) &&
+	    !km_bad_pointer(msgs, count * sizeof(*msgs)))
+		for (i = 0; i < count; i++)
+			hand_on_rights(&msgs[i].msg_hdr);
 	if (!f || km_load_acquire(&f->mode) == KM_MODE_PINNED)
 		return KM_REAL(sendmmsg)(fd, msgs, count, flags);
 	for (i = 0; i < count; i++) {

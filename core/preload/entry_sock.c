@@ -160,7 +160,7 @@ KM_EXPORT int setsockopt(int fd, int level, int name, const void *value, socklen
 	int err;
 
 	if (km_unlikely(f && needs_kernel(level, name)))
-		km_file_pin(f, KM_REASON_OPTION);
+		km_file_to_kernel(f, fd, KM_REASON_OPTION, false);
 	err = KM_REAL(setsockopt)(fd, level, name, value, len);
 	if (km_unlikely(err == 0 && f && level == SOL_SOCKET && f->conn))
 		note_option(f, name, value, len);
@@ -202,6 +202,8 @@ int km_entry_ioctl(int fd, unsigned long request, void *arg)
 	struct km_file *f = km_file_of(fd);
 	int err;
 
+	if (km_unlikely(km_thread.bypass) && request == FIONCLEX)
+		km_file_hand_on(fd, fd);
 	if (km_likely(!f) || km_load_acquire(&f->mode) != KM_MODE_CHANNEL)
 		return KM_REAL(ioctl)(fd, request, arg);
 	if (request == SIOCINQ || request == SIOCOUTQ) {
@@ -234,6 +236,12 @@ int km_entry_fcntl(int fd, int cmd, void *arg)
 	int result = KM_REAL(fcntl)(fd, cmd, arg);
 	struct km_file *f;
 
+	/* The child of a vfork makes ready what its program gets, while it still has
+	 * all that it takes to wake the peer. */
+	if (km_unlikely(km_thread.bypass) &&
+	    ((cmd == F_SETFD && !((uintptr_t)arg & FD_CLOEXEC)) ||
+	     (cmd == F_DUPFD && result >= 0)))
+		km_file_hand_on(fd, cmd == F_DUPFD ? result : fd);
 	if (result < 0)
 		return result;
 	if (cmd == F_DUPFD || cmd == F_DUPFD_CLOEXEC) {

@@ -6,7 +6,9 @@
 
 #include "event/event.h"
 #include "fd/file.h"
+#include "link/inherit.h"
 #include "preload/fork.h"
+#include "sock/stream.h"
 
 static bool forking; /* under link_lock */
 static pthread_key_t thread_key;
@@ -63,6 +65,21 @@ void km_thread_cleanup(void)
 	pthread_setspecific(thread_key, &km_thread);
 }
 
+static void finish(int fd, uint64_t entry, void *arg)
+{
+	struct km_file *f = km_fd_object(entry);
+
+	(void)arg;
+	if (km_fd_kind(entry) == KM_FD_FILE && f->fd == fd)
+		km_stream_finish(f, fd);
+}
+
+__attribute__((destructor(101))) static void end(void)
+{
+	if (km_load_relaxed(&km_proc.channels) && !km_thread.bypass)
+		km_fd_each(finish, NULL);
+}
+
 __attribute__((constructor(101))) static void start(void)
 {
 	int saved = errno;
@@ -72,7 +89,9 @@ __attribute__((constructor(101))) static void start(void)
 	/* Cookies with the top bit set are no pointer and no small number. */
 	km_sys_getrandom(&km_proc.magic, sizeof(km_proc.magic));
 	km_proc.magic |= 0x80000000u;
-	if (!km_proc.disabled)
+	if (!km_proc.disabled) {
 		pthread_atfork(km_fork_prepare, km_fork_parent, km_fork_child);
+		km_inherit_start();
+	}
 	errno = saved;
 }

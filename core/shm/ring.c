@@ -273,3 +273,27 @@ int64_t km_ring_unread(struct km_producer *p)
 		return -EPROTO;
 	return (int64_t)(p->w - p->r);
 }
+
+ssize_t km_ring_replay(const struct km_producer *p, uint64_t at, const uint8_t **from)
+{
+	uint64_t ends = p->w;
+	uint32_t level = 0, size;
+	size_t pos;
+
+	if (p->w - at > p->w - p->r)
+		return -EPROTO;
+	/* The levels that this end has left are the only ones that end. */
+	while (level < p->level) {
+		ends = km_load_relaxed(&p->wire->grow_at[level]) - 1;
+		if (ends > at)
+			break;
+		level++;
+	}
+	if (level == p->level)
+		ends = p->w;
+	size = p->geo.size[level];
+	pos = at & (size - 1);
+	*from = p->data + p->geo.offset[level] + pos;
+	/* The peer can write to grow_at, too. */
+	return (ssize_t)KM_MIN(KM_MIN(ends, p->w) - at, size - pos);
+}

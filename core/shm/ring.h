@@ -91,5 +91,11 @@ int64_t km_ring_readable(struct km_consumer *c);
 int64_t km_ring_writable(struct km_producer *p);
 /* Bytes the consumer has not taken yet, or -EPROTO. */
 int64_t km_ring_unread(struct km_producer *p);
+/*
+ * The next contiguous piece of what this end published, from position at on, for a
+ * producer that takes back what its consumer left.  Its length, 0 when at is its own
+ * position, -EPROTO when at is no position that can still be in the ring.
+ */
+ssize_t km_ring_replay(const struct km_producer *p, uint64_t at, const uint8_t **from);
 
 #endif

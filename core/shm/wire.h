@@ -13,7 +13,7 @@
 #include "base/compiler.h"
 
 #define KM_WIRE_MAGIC 0x31474553504d414bULL /* "KAMPSEG1" in memory */
-#define KM_WIRE_VERSION 1u
+#define KM_WIRE_VERSION 2u
 #define KM_WIRE_HEADER 4096u /* bytes before the first ring's data */
 
 /* A ring starts at its first size and grows through at most three levels. */
@@ -31,6 +31,12 @@
 #define KM_WAIT_FUTEX 1u
 #define KM_WAIT_EVENT 2u
 
+/* struct km_wire_ring.left: which end has left the ring first, by compare-and-swap.
+ * What is unread belongs to the consumer when the producer left first, and goes by the
+ * kernel, from the position stop on, when the consumer did. */
+#define KM_LEFT_PRODUCER 1u
+#define KM_LEFT_CONSUMER 2u
+
 /* struct km_wire_segment.state */
 #define KM_SEG_HELLO 1u	    /* created, the attacher has not answered */
 #define KM_SEG_ATTACHED 2u  /* the attacher has mapped it and is listening */
@@ -47,9 +53,11 @@ struct km_wire_ring {
 	km_a32 pflags;
 	/* written by the consumer */
 	_Alignas(KM_APART) km_a64 rpos; /* bytes ever taken from the ring */
+	km_a64 stop; /* 1 + the position at which the consumer left; 0: not yet */
 	/* written by both; rarely changed, so that a look at it hits the cache */
 	_Alignas(KM_APART) km_a32 cons_wait; /* consumer sleeps for bytes */
 	km_a32 prod_wait;		     /* producer sleeps for space */
+	km_a32 left;			     /* who left first, 0: nobody */
 };
 
 struct km_wire_segment {

@@ -51,6 +51,36 @@ void km_tell_consumer(struct km_file *f, struct km_conn *conn);
 /* The producer of conn's rx ring has space, if it asked. */
 void km_tell_producer(struct km_file *f, struct km_conn *conn, bool anyway);
 
+/* -- retreat.c: one end leaves its ring; direction lock held -------------------------- */
+
+/* Has the consumer of this end's ring left it, and is there something to be done? */
+KM_INLINE bool km_tx_left(const struct km_conn *conn)
+{
+	return conn->tx_phase == KM_PHASE_DRAIN ||
+	       (conn->tx_phase == KM_PHASE_RING &&
+		km_load_relaxed(&conn->tx.wire->left) == KM_LEFT_CONSUMER);
+}
+/* Is there something new to be done about it? */
+KM_INLINE bool km_tx_left_news(const struct km_conn *conn)
+{
+	return km_tx_left(conn) &&
+	       (conn->tx_phase == KM_PHASE_RING ||
+		(!conn->tx_resend &&
+		 km_load_sync(STOP_SEE, &conn->tx.wire->stop) != 0));
+}
+/* This end stops writing its ring.  False: the consumer has left first, and what it
+ * left goes by the kernel now (phase DRAIN). */
+bool km_tx_leave(struct km_conn *conn);
+/* The same, and the stream goes on by the kernel at the present position. */
+bool km_tx_end(struct km_conn *conn);
+/* In phase DRAIN: sends what the consumer left.  0: done, phase ENDED; -EAGAIN: the
+ * kernel takes no more now; -EPROTO. */
+ssize_t km_tx_resend(struct km_conn *conn, int fd);
+/* The same, and waits for a few seconds; for calls after which there is no other. */
+int km_tx_resend_all(struct km_conn *conn, int fd);
+/* Does what is to be done if the consumer has left; no tx_lock held. */
+void km_tx_look(struct km_file *f, struct km_conn *conn, int fd);
+
 /* -- recv.c --------------------------------------------------------------------------- */
 
 /* Takes notice of a cut-over by the peer. */

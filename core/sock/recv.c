@@ -63,7 +63,7 @@ static ssize_t ask_kernel(struct km_conn *conn, int fd)
 	    !(km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) &
 	      (KM_P_FIN | KM_P_CLOSED)) &&
 	    km_load_sync(SEE_SPACE, &conn->tx.wire->rpos) != conn->tx.w &&
-	    !(km_or_seq(&conn->flags, KM_CONN_DIED) & KM_CONN_DIED))
+	    !conn->tx_resend && !(km_or_seq(&conn->flags, KM_CONN_DIED) & KM_CONN_DIED))
 		return -ECONNRESET;
 	return k;
 }
@@ -72,8 +72,21 @@ static ssize_t recv_ring(struct km_file *f, struct km_conn *conn, int fd,
 			 const struct iovec *iov, int iovcnt, int flags)
 {
 	struct km_consumer *rx = &conn->rx;
-	ssize_t n = km_ring_read(rx, iov, iovcnt, flags & MSG_PEEK);
+	struct iovec part[64];
 	uint32_t pflags;
+	ssize_t n;
+
+	if (km_unlikely(conn->rx_end)) {
+		/* What lies beyond comes by the kernel. */
+		if (rx->r == conn->rx_end - 1) {
+			conn->rx_phase = KM_PHASE_ENDED;
+			return KM_RETRY;
+		}
+		iovcnt = (int)limit_iov(iov, iovcnt, conn->rx_end - 1 - rx->r, part,
+					KM_COUNT(part));
+		iov = part;
+	}
+	n = km_ring_read(rx, iov, iovcnt, flags & MSG_PEEK);
 
 	if (km_likely(n > 0)) {
 		conn->idle_reads = 0;
@@ -163,7 +176,7 @@ static bool moved_on(const struct km_conn *conn, enum km_phase before)
 	case KM_PHASE_ENDED:
 		return conn->rx_phase != before;
 	case KM_PHASE_RING:
-		return conn->rx_phase != before ||
+		return conn->rx_phase != before || conn->rx_end == conn->rx.r + 1 ||
 		       ((pflags & KM_P_END) &&
 			km_load_relaxed(&conn->rx.wire->end) == conn->rx.r);
 	}
@@ -246,6 +259,8 @@ ssize_t km_recv(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 			km_stream_reset(d.conn);
 			n = -ECONNRESET;
 		}
+		if (km_unlikely(n == -EAGAIN))
+			km_tx_look(f, d.conn, km_kernel_fd(f, fd));
 		if (n != -EAGAIN || km_must_not_block(d.conn, flags)) {
 			enough = flags & MSG_PEEK      ? 1
 				 : flags & MSG_WAITALL ? want

@@ -5,17 +5,6 @@
 #include "link/link.h"
 #include "sock/internal.h"
 
-/* This end's stream goes back to the kernel at the present position. */
-static void end_tx_ring(struct km_conn *conn)
-{
-	struct km_wire_ring *wire = conn->tx.wire;
-
-	km_store_relaxed(&wire->end, conn->tx.w);
-	km_store_sync(FLAGS_SET, &wire->pflags,
-		      km_load_relaxed(&wire->pflags) | KM_P_END);
-	conn->tx_phase = KM_PHASE_ENDED;
-}
-
 /* This end's stream moves to the ring at the present byte. */
 static int cut_tx(struct km_conn *conn, int fd)
 {
@@ -59,6 +48,16 @@ static bool peer_stopped(const struct km_conn *conn)
 	       km_load_relaxed(&conn->kernel_bits);
 }
 
+/* Bytes were published: wakes the consumer, unless it has left without seeing them. */
+static void published(struct km_file *f, struct km_conn *conn, int fd)
+{
+	km_tell_consumer(f, conn);
+	if (km_unlikely(km_tx_left(conn)) && !km_tx_leave(conn))
+		km_tx_resend(conn, fd);
+	else if (km_unlikely(conn->tx.w - conn->tx.r > conn->tx.size / 2))
+		check_consumer(conn, fd);
+}
+
 static ssize_t send_ring(struct km_file *f, struct km_conn *conn, int fd,
 			 const struct iovec *iov, int iovcnt)
 {
@@ -66,22 +65,24 @@ static ssize_t send_ring(struct km_file *f, struct km_conn *conn, int fd,
 	ssize_t n;
 
 	if (km_unlikely(peer_stopped(conn))) {
-		end_tx_ring(conn);
+		km_tx_end(conn);
 		return KM_RETRY;
 	}
 	n = km_ring_write(&conn->tx, iov, iovcnt);
 	if (km_likely(n > 0)) {
 		conn->row.ring_tx_bytes = conn->tx.w;
 		conn->row.tx_seen = conn->tx.r;
-		km_tell_consumer(f, conn);
+		published(f, conn, fd);
 		if (km_unlikely(conn->tx.level != level))
 			km_count(KM_COUNT_GROWS);
-		if (km_unlikely(conn->tx.w - conn->tx.r > conn->tx.size / 2))
-			check_consumer(conn, fd);
 		return n;
 	}
 	if (n < 0)
 		return n;
+	if (km_tx_left(conn)) {
+		km_tx_leave(conn);
+		return KM_RETRY;
+	}
 	km_or_seq(&conn->kernel_bits, km_kernel_poll(fd, POLLRDHUP) & KM_GONE_BITS);
 	if (peer_stopped(conn))
 		return KM_RETRY;
@@ -116,7 +117,7 @@ static ssize_t send_once(struct km_file *f, struct km_conn *conn, int fd,
 		if (km_unlikely(km_load_relaxed(&conn->flags) & KM_CONN_RESET))
 			return -ECONNRESET;
 		if (km_unlikely(flags & MSG_OOB) && conn->tx_phase == KM_PHASE_RING)
-			end_tx_ring(conn);
+			km_tx_end(conn);
 		switch ((enum km_phase)conn->tx_phase) {
 		case KM_PHASE_KERNEL:
 			if (may_cut(f, conn) && !peer_stopped(conn) &&
@@ -124,6 +125,10 @@ static ssize_t send_once(struct km_file *f, struct km_conn *conn, int fd,
 				continue;
 			return km_kernel_send(fd, iov, iovcnt, flags);
 		case KM_PHASE_DRAIN:
+			n = km_tx_resend(conn, fd);
+			if (n < 0)
+				return n;
+			continue;
 		case KM_PHASE_ENDED:
 			return km_kernel_send(fd, iov, iovcnt, flags);
 		case KM_PHASE_RING:
@@ -203,9 +208,7 @@ ssize_t km_send_from(struct km_file *f, int fd, int in, off64_t *offset, size_t 
 		km_ring_produced(&d.conn->tx, (size_t)n);
 		d.conn->row.ring_tx_bytes = d.conn->tx.w;
 		d.conn->row.tx_seen = d.conn->tx.r;
-		km_tell_consumer(f, d.conn);
-		if (d.conn->tx.w - d.conn->tx.r > d.conn->tx.size / 2)
-			check_consumer(d.conn, km_kernel_fd(f, fd));
+		published(f, d.conn, km_kernel_fd(f, fd));
 		if (offset)
 			*offset += n;
 	}

@@ -95,6 +95,7 @@ int km_stream_inq(struct km_file *f, int fd, int *bytes)
 	struct km_side d;
 	int64_t n = 0;
 	int kernel = 0, err;
+	uint64_t before;
 
 	if (!km_side_enter(f, fd, false, false, &d, &err))
 		return err;
@@ -105,7 +106,7 @@ int km_stream_inq(struct km_file *f, int fd, int *bytes)
 	/* The ring's bytes count once all of the kernel's are here. */
 	if (d.conn->rx_phase == KM_PHASE_RING ||
 	    (d.conn->rx_phase == KM_PHASE_DRAIN && (uint64_t)kernel == d.conn->rx_left))
-		n = km_ring_readable(&d.conn->rx);
+		n = (int64_t)km_stream_unread(d.conn, &before);
 	km_side_leave(&d);
 	*bytes = (int)KM_MIN(KM_MAX(n, 0) + kernel, INT32_MAX);
 	return err;
@@ -120,7 +121,10 @@ int km_stream_outq(struct km_file *f, int fd, int *bytes)
 	if (!km_side_enter(f, fd, true, false, &d, &err))
 		return err;
 	err = km_sys_ioctl(fd, SIOCOUTQ, &kernel);
-	if (d.conn->tx_phase == KM_PHASE_RING || d.conn->tx_phase == KM_PHASE_ENDED)
+	if (d.conn->tx_resend)
+		n = (int64_t)(d.conn->tx.w - (d.conn->tx_resend - 1));
+	else if (d.conn->tx_phase == KM_PHASE_RING ||
+		 d.conn->tx_phase == KM_PHASE_ENDED)
 		n = km_ring_unread(&d.conn->tx);
 	km_side_leave(&d);
 	*bytes = (int)KM_MIN(KM_MAX(n, 0) + kernel, INT32_MAX);
@@ -135,6 +139,8 @@ int km_stream_shutdown(struct km_file *f, int fd, int how)
 	if (how != SHUT_RD) {
 		if (!km_side_enter(f, fd, true, false, &d, &err))
 			return err;
+		if (!km_tx_leave(d.conn))
+			km_tx_resend_all(d.conn, fd);
 		/* The flag tells a half close from a death; the kernel's FIN that
 		 * follows wakes the peer. */
 		if (km_load_relaxed(&d.conn->tx.wire->pflags) & KM_P_CUT)
@@ -159,6 +165,12 @@ int km_stream_shutdown(struct km_file *f, int fd, int how)
 	return 0;
 }
 
+void km_stream_look(struct km_file *f, int fd)
+{
+	if (f->conn)
+		km_tx_look(f, f->conn, km_kernel_fd(f, fd));
+}
+
 void km_stream_abandon(struct km_file *f)
 {
 	struct km_conn *conn = f->conn;
@@ -176,13 +188,21 @@ void km_stream_closing(struct km_file *f, int fd)
 	struct km_conn *conn = f->conn;
 	struct km_wire_ring *wire = conn->tx.wire;
 	struct linger linger = {1, 0};
+	enum km_lock_result tx = km_lock(&conn->tx_lock);
+	bool lost = !km_tx_leave(conn) && km_tx_resend_all(conn, fd) < 0;
 
+	km_unlock(&conn->tx_lock, tx);
+	/* The kernel tells the rest, and knows whether another program has the socket. */
+	if (!lost &&
+	    ((km_load_relaxed(&conn->flags) & KM_CONN_GIVEN) ||
+	     (conn->tx_phase == KM_PHASE_ENDED && conn->rx_phase == KM_PHASE_ENDED)))
+		return;
 	km_or_seq(&wire->pflags, KM_P_FIN | KM_P_CLOSED);
 	/* Closing with bytes unread is a reset, here as on the kernel. */
 	if (conn->rx_phase != KM_PHASE_ENDED &&
 	    km_load_sync(OBSERVE, &conn->rx.wire->wpos) != conn->rx.r)
 		km_sys_setsockopt(fd, SOL_SOCKET, SO_LINGER, &linger, sizeof(linger));
-	else if (km_load_relaxed(&conn->flags) & KM_CONN_RESET)
+	else if (lost || (km_load_relaxed(&conn->flags) & KM_CONN_RESET))
 		km_sys_setsockopt(fd, SOL_SOCKET, SO_LINGER, &linger, sizeof(linger));
 }
 

@@ -55,6 +55,26 @@ int km_stream_inq(struct km_file *f, int fd, int *bytes);
 int km_stream_outq(struct km_file *f, int fd, int *bytes);
 int km_stream_shutdown(struct km_file *f, int fd, int how);
 
+/*
+ * The connection goes back to the kernel, because its descriptor is given to another
+ * program or an option needs it.  May be called by the child of a vfork.  0; -EBUSY:
+ * unread bytes are in the ring that the peer cannot send again, and the reading direction
+ * stays where it was.  take: what is unread stays in the ring for this end, instead of
+ * being sent again by the peer.  -EAGAIN: a signal handler interrupted a copy.  link_lock held.
+ */
+int km_stream_retreat(struct km_file *f, int fd, enum km_reason reason, bool take);
+
+/* Bytes in conn's ring that this end is still to read; *before: after so many by the
+ * kernel. */
+uint64_t km_stream_unread(struct km_conn *conn, uint64_t *before);
+
+/* f is upgraded: does what a peer that has gone back to the kernel asks for. */
+void km_stream_look(struct km_file *f, int fd);
+
+/* The process ends without having closed f: what a peer that has gone back to the kernel
+ * asks for is done before. */
+void km_stream_finish(struct km_file *f, int fd);
+
 /* Both directions go on by the kernel for good; used before any byte went by a
  * ring. */
 void km_stream_abandon(struct km_file *f);

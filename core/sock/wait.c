@@ -34,6 +34,8 @@ static bool rx_has_news(const struct km_conn *conn)
 	const struct km_wire_ring *wire = conn->rx.wire;
 	uint32_t pflags = km_load_sync(FLAGS_SEE, &wire->pflags);
 
+	if (km_unlikely(km_tx_left_news(conn)))
+		return true;
 	switch ((enum km_phase)conn->rx_phase) {
 	case KM_PHASE_KERNEL:
 		return pflags & KM_P_CUT;
@@ -52,6 +54,8 @@ bool km_tx_has_news(const struct km_conn *conn)
 {
 	const struct km_wire_ring *wire = conn->tx.wire;
 
+	if (km_unlikely(km_tx_left_news(conn)))
+		return true;
 	if (conn->tx_phase != KM_PHASE_RING)
 		return false;
 	return conn->tx.w - km_load_sync(SEE_SPACE, &wire->rpos) <
@@ -120,15 +124,19 @@ static int nap_on_bell(struct km_file *f, struct km_conn *conn, int fd, short ev
 int km_wait_in(struct km_file *f, struct km_conn *conn, int fd, struct km_wait *w)
 {
 	int64_t left = INT64_MAX;
+	short events = POLLIN | POLLRDHUP;
 
 	set_deadline(w, conn, km_kernel_fd(f, fd), SO_RCVTIMEO);
 	if (w->deadline > 0)
 		left = w->deadline - km_now_ns();
 	if (left <= 0)
 		return -EAGAIN;
-	if (conn->rx_phase == KM_PHASE_RING && w->naps++ == 0 && !km_signals_mixed())
+	if (km_unlikely(conn->tx_phase == KM_PHASE_DRAIN))
+		events |= conn->tx_resend ? POLLOUT : 0;
+	else if (conn->rx_phase == KM_PHASE_RING && w->naps++ == 0 &&
+		 !km_signals_mixed())
 		return nap_on_futex(&conn->rx.wire->cons_wait, conn, rx_has_news, left);
-	return nap_on_bell(f, conn, fd, POLLIN | POLLRDHUP, rx_has_news, left);
+	return nap_on_bell(f, conn, fd, events, rx_has_news, left);
 }
 
 int km_wait_out(struct km_file *f, struct km_conn *conn, int fd, struct km_wait *w)
@@ -140,6 +148,9 @@ int km_wait_out(struct km_file *f, struct km_conn *conn, int fd, struct km_wait 
 		left = w->deadline - km_now_ns();
 	if (left <= 0)
 		return -EAGAIN;
+	/* A consumer that has left is about to say where. */
+	if (conn->tx_phase == KM_PHASE_DRAIN && !conn->tx_resend)
+		return nap_on_bell(f, conn, fd, POLLRDHUP, km_tx_has_news, left);
 	if (conn->tx_phase != KM_PHASE_RING)
 		return nap_on_bell(f, conn, fd, POLLOUT, km_tx_has_news, left);
 	if (w->naps++ == 0 && !km_signals_mixed())

@@ -88,7 +88,7 @@ int main(void)
 	CHECK_IS(attach_copy(NULL, 0, SEALS, 4096), -EPROTO);
 	CHECK_IS(attach_copy(NULL, 0, SEALS, -4096), -EPROTO);
 	CHECK_IS(attach_copy("magic", 0, SEALS, 0), -EPROTO);
-	CHECK_IS(attach_copy("version", 2, SEALS, 0), -EPROTONOSUPPORT);
+	CHECK_IS(attach_copy("version", 99, SEALS, 0), -EPROTONOSUPPORT);
 	CHECK_IS(attach_copy("header_size", 8192, SEALS, 0), -EPROTO);
 	CHECK_IS(attach_copy("ring_size", 0, SEALS, 0), -EPROTO);
 	CHECK_IS(attach_copy("ring_size", 65535, SEALS, 0), -EPROTO);

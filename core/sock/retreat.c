@@ -1,0 +1,219 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Back to the kernel: a connection whose descriptor is given to a program that knows
+ * nothing of the rings, or that gets an option which a ring cannot honour.
+ *
+ * Each ring is left by one of its ends first (km_wire_ring.left), which one is decided
+ * by compare-and-swap.  A producer that leaves says END, and the consumer takes what is
+ * unread.  A consumer that leaves says where it stopped, and the producer sends what
+ * lies beyond by the kernel, before anything newer.  So bytes never depend on memory
+ * that the program which gets the descriptor cannot see.
+ */
+#include <errno.h>
+
+#include "event/event.h"
+#include "link/link.h"
+#include "sock/internal.h"
+
+/* How long a close or shutdown waits for the kernel to take what a consumer left. */
+#define PATIENCE_NS 5000000000
+#define LOOK_NS 10000000
+
+bool km_tx_leave(struct km_conn *conn)
+{
+	uint32_t nobody = 0;
+
+	if (conn->tx_phase == KM_PHASE_RING &&
+	    !km_cas_seq(&conn->tx.wire->left, &nobody, KM_LEFT_PRODUCER) &&
+	    nobody == KM_LEFT_CONSUMER)
+		conn->tx_phase = KM_PHASE_DRAIN;
+	return conn->tx_phase != KM_PHASE_DRAIN;
+}
+
+bool km_tx_end(struct km_conn *conn)
+{
+	struct km_wire_ring *wire = conn->tx.wire;
+
+	if (!km_tx_leave(conn))
+		return false;
+	if (conn->tx_phase == KM_PHASE_RING) {
+		km_store_relaxed(&wire->end, conn->tx.w);
+		km_store_sync(FLAGS_SET, &wire->pflags,
+			      km_load_relaxed(&wire->pflags) | KM_P_END);
+	}
+	conn->tx_phase = KM_PHASE_ENDED;
+	return true;
+}
+
+ssize_t km_tx_resend(struct km_conn *conn, int fd)
+{
+	const uint8_t *from;
+
+	if (!conn->tx_resend)
+		conn->tx_resend = km_load_sync(STOP_SEE, &conn->tx.wire->stop);
+	if (!conn->tx_resend)
+		return -EAGAIN; /* it is about to say */
+	for (;;) {
+		ssize_t n = km_ring_replay(&conn->tx, conn->tx_resend - 1, &from);
+
+		if (n < 0)
+			return n;
+		if (n > 0)
+			n = km_sys_sendto(fd, from, (size_t)n,
+					  MSG_DONTWAIT | MSG_NOSIGNAL, NULL, 0);
+		if (n == -EAGAIN || n == -EINTR)
+			return -EAGAIN;
+		if (n <= 0) {
+			/* All of it went, or the connection is over: the program's
+			 * own next call is told why. */
+			conn->tx_phase = KM_PHASE_ENDED;
+			conn->row.reason = KM_REASON_HANDED_ON;
+			if (conn->rx_phase == KM_PHASE_ENDED)
+				conn->row.state = KM_ROW_KERNEL;
+			return 0;
+		}
+		conn->tx_resend += (uint64_t)n;
+		conn->row.ring_tx_bytes -= (uint64_t)n;
+		conn->row.kernel_tx_bytes += (uint64_t)n;
+	}
+}
+
+int km_tx_resend_all(struct km_conn *conn, int fd)
+{
+	int64_t deadline = km_now_ns() + PATIENCE_NS;
+	struct timespec look = {0, LOOK_NS};
+	ssize_t n;
+
+	while (conn->tx_phase == KM_PHASE_DRAIN) {
+		struct pollfd pfd = {.fd = fd, .events = POLLRDHUP};
+
+		n = km_tx_resend(conn, fd);
+		if (n == 0)
+			return 0;
+		if (n != -EAGAIN || km_now_ns() > deadline)
+			return n == -EAGAIN ? -ETIMEDOUT : (int)n;
+		if (conn->tx_resend)
+			pfd.events = POLLOUT;
+		km_sys_poll(&pfd, 1, &look);
+		/* A consumer that died before it said where it stopped: there is
+		 * nobody left to read. */
+		if (!conn->tx_resend && (pfd.revents & KM_GONE_BITS))
+			return -ECONNRESET;
+	}
+	return 0;
+}
+
+void km_tx_look(struct km_file *f, struct km_conn *conn, int fd)
+{
+	enum km_lock_result how;
+	ssize_t n = 0;
+
+	if (km_likely(!km_tx_left(conn)))
+		return;
+	how = km_lock(&conn->tx_lock);
+	if (how == KM_LOCK_NESTED)
+		return;
+	if (f->conn == conn && !km_tx_leave(conn))
+		n = km_tx_resend(conn, fd);
+	km_unlock(&conn->tx_lock, how);
+	if (n == -EPROTO)
+		km_stream_reset(conn);
+}
+
+/* Stops reading the ring, both direction locks held.  -EBUSY: there are bytes in it
+ * that the peer cannot send again, because it has left before or is gone. */
+static int leave_rx(struct km_conn *conn, int fd, bool take)
+{
+	struct km_wire_ring *wire = conn->rx.wire;
+	uint32_t nobody = 0;
+	int64_t unread;
+	bool alone;
+
+	km_recv_settle(conn, fd);
+	if (conn->rx_phase == KM_PHASE_ENDED)
+		return 0;
+	alone = !km_cas_seq(&wire->left, &nobody, KM_LEFT_CONSUMER) &&
+		nobody == KM_LEFT_PRODUCER;
+	/* Pairs with the producer's fence between its publication and its look at
+	 * left: either its bytes are seen here, or it sees that they were not. */
+	km_fence_seq();
+	alone = alone || (km_kernel_poll(fd, POLLRDHUP) & KM_GONE_BITS);
+	unread = km_ring_readable(&conn->rx);
+	if (unread < 0)
+		return (int)unread;
+	if (alone && unread)
+		return -EBUSY;
+	if (!take || unread == 0)
+		conn->rx_phase = KM_PHASE_ENDED;
+	else
+		conn->rx_end = conn->rx.w + 1;
+	km_store_sync(STOP_SET, &wire->stop, (take ? conn->rx.w : conn->rx.r) + 1);
+	return 0;
+}
+
+/* The peer, and other threads here, look at the connection again. */
+static void tell_all(struct km_file *f, struct km_conn *conn)
+{
+	km_tell_producer(f, conn, true);
+	km_tell_consumer(f, conn);
+	km_sys_futex_wake(&conn->rx.wire->cons_wait, INT32_MAX);
+	km_sys_futex_wake(&conn->tx.wire->prod_wait, INT32_MAX);
+	if (f->bell)
+		km_bell_kick(f->bell);
+}
+
+int km_stream_retreat(struct km_file *f, int fd, enum km_reason reason, bool take)
+{
+	struct km_conn *conn = f->conn;
+	enum km_lock_result rx = km_lock(&conn->rx_lock), tx;
+	int err = -EAGAIN;
+
+	if (rx == KM_LOCK_NESTED)
+		return err;
+	tx = km_lock(&conn->tx_lock);
+	if (tx != KM_LOCK_NESTED) {
+		err = km_tx_end(conn) ? 0 : km_tx_resend_all(conn, fd);
+		if (err == 0)
+			err = leave_rx(conn, fd, take);
+		if (err == 0) {
+			conn->row.state = KM_ROW_KERNEL;
+			conn->row.reason = reason;
+			f->reason = (uint8_t)reason;
+		}
+		km_unlock(&conn->tx_lock, tx);
+	}
+	km_unlock(&conn->rx_lock, rx);
+	tell_all(f, conn);
+	if (err < 0)
+		km_log(KM_LOG_ERROR, "fd %d cannot go back to the kernel (%d)", fd,
+		       err);
+	return err;
+}
+
+void km_stream_finish(struct km_file *f, int fd)
+{
+	struct km_conn *conn = f->conn;
+	enum km_lock_result how;
+
+	/* Siblings that go on with the connection answer for themselves. */
+	if (!conn || km_load_seq(&conn->procs) != 1)
+		return;
+	how = km_lock(&conn->tx_lock);
+	if (how == KM_LOCK_NESTED)
+		return;
+	if (!km_tx_leave(conn))
+		km_tx_resend_all(conn, fd);
+	km_unlock(&conn->tx_lock, how);
+}
+
+uint64_t km_stream_unread(struct km_conn *conn, uint64_t *before)
+{
+	int64_t n = 0;
+
+	*before = conn->rx_phase == KM_PHASE_DRAIN ? conn->rx_left : 0;
+	if (conn->rx_phase == KM_PHASE_DRAIN || conn->rx_phase == KM_PHASE_RING)
+		n = km_ring_readable(&conn->rx);
+	if (conn->rx_end)
+		n = KM_MIN(n, (int64_t)(conn->rx_end - 1 - conn->rx.r));
+	return (uint64_t)KM_MAX(n, 0);
+}
