@@ -42,6 +42,17 @@ class ChannelStats(ctypes.Structure):
     )
 
 
+class _Symbol(ctypes.Structure):
+    """struct kmap_symbol."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("subject", ctypes.c_char_p),
+        ("class_name", ctypes.c_char_p),
+        ("text", ctypes.c_char_p),
+    )
+
+
 class _Option(ctypes.Structure):
     """struct kmap_option."""
 
@@ -97,6 +108,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "kmap_counter_name": (ctypes.c_char_p, (ctypes.c_uint,)),
     "kmap_counter_meaning": (ctypes.c_char_p, (ctypes.c_uint,)),
     "kmap_symbol_name": (ctypes.c_char_p, (ctypes.c_uint,)),
+    "kmap_symbol_get": (ctypes.c_int, (ctypes.c_uint, ctypes.POINTER(_Symbol))),
     "kmap_option_get": (ctypes.c_int, (ctypes.c_uint, ctypes.POINTER(_Option))),
     "kmap_layout_get": (ctypes.c_int, (ctypes.c_uint, ctypes.POINTER(_Layout))),
 }
@@ -112,6 +124,16 @@ class Option:
     help: str
     minimum: int
     maximum: int
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """An interposed name and what becomes of the call, in the words of symbols.def."""
+
+    name: str
+    subject: str
+    class_name: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -210,6 +232,17 @@ def counters() -> tuple[Named, ...]:
 def symbols() -> tuple[str, ...]:
     """The names that the preload library interposes."""
     return tuple(_texts(library().kmap_symbol_name))
+
+
+@functools.cache
+def symbol_table() -> tuple[Symbol, ...]:
+    """Those names with what becomes of each call."""
+    found: list[Symbol] = []
+    entry = _Symbol()
+    while library().kmap_symbol_get(len(found), ctypes.byref(entry)) == 0:
+        texts = (entry.name, entry.subject, entry.class_name, entry.text)
+        found.append(Symbol(*(text.decode() for text in texts)))
+    return tuple(found)
 
 
 @functools.cache

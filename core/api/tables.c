@@ -24,8 +24,8 @@ static const struct name counters[] = {
 #undef X
 };
 
-static const char *const symbols[] = {
-#define X(name) #name,
+static const struct kmap_symbol symbols[] = {
+#define X(name, subject, class, text) {#name, #subject, #class, text},
 #include "base/symbols.def"
 #undef X
 };
@@ -136,7 +136,15 @@ const char *kmap_counter_meaning(unsigned index)
 
 const char *kmap_symbol_name(unsigned index)
 {
-	return index < KM_COUNT(symbols) ? symbols[index] : NULL;
+	return index < KM_COUNT(symbols) ? symbols[index].name : NULL;
+}
+
+int kmap_symbol_get(unsigned index, struct kmap_symbol *out)
+{
+	if (index >= KM_COUNT(symbols))
+		return -ENOENT;
+	*out = symbols[index];
+	return 0;
 }
 
 int kmap_option_get(unsigned index, struct kmap_option *out)

@@ -15,7 +15,7 @@ __thread struct km_thread km_thread
 void km_resolve(void)
 {
 	/* Casting through void ** is how POSIX says to take a function from dlsym. */
-#define X(name)                                                                        \
+#define X(name, ...)                                                                   \
 	if (!km_proc.real.name)                                                        \
 		*(void **)&km_proc.real.name = dlsym(RTLD_NEXT, #name);
 #include "base/symbols.def"

@@ -61,7 +61,7 @@ int fcntl64(int fd, int cmd, ...);
 
 /* The next definition of each interposed symbol. */
 struct km_real {
-#define X(name) __typeof__(name) *name;
+#define X(name, ...) __typeof__(name) *name;
 #include "base/symbols.def"
 #undef X
 };

@@ -102,6 +102,12 @@ const char *kmap_counter_name(unsigned index);
 const char *kmap_counter_meaning(unsigned index);
 /* Interposed symbols in table order. */
 const char *kmap_symbol_name(unsigned index);
+/* The same with what becomes of the call, in the words of symbols.def. */
+struct kmap_symbol {
+	const char *name, *subject, *class_name, *text;
+};
+/* 0, or -ENOENT beyond the last index. */
+int kmap_symbol_get(unsigned index, struct kmap_symbol *out);
 
 struct kmap_option {
 	const char *env, *type, *default_text, *help;
