@@ -20,6 +20,7 @@ void km_resolve(void)
 		*(void **)&km_proc.real.name = dlsym(RTLD_NEXT, #name);
 #include "base/symbols.def"
 #undef X
+	km_resolve_missing();
 }
 
 #define WAITERS 0x80000000u

@@ -128,6 +128,8 @@ extern __thread struct km_thread km_thread;
 
 /* Fills km_proc.real; called before the first use and by the constructor. */
 void km_resolve(void);
+/* Its last part: stands in for what this libc does not have. */
+void km_resolve_missing(void);
 
 /* The real function of that name, resolved even before the constructor ran. */
 #define KM_REAL(name)                                                                  \

@@ -75,6 +75,8 @@ KM_EXPORT long syscall(long number, ...)
 	e = va_arg(args, long);
 	f = va_arg(args, long);
 	va_end(args);
+	if (km_unlikely(km_proc.disabled))
+		return KM_REAL(syscall)(number, a, b, c, d, e, f);
 #define FD ((int)a)
 #define PTR(x) ((void *)(x))
 	switch (number) {
@@ -144,8 +146,6 @@ KM_EXPORT long syscall(long number, ...)
 	case SYS_IO_URING_SETUP:
 		/* Registrations made through a ring of the kernel's would not be
 		 * seen; programs that ask like this all know life without it. */
-		if (km_proc.disabled)
-			break;
 		km_count(KM_COUNT_IO_URING_REFUSED);
 		return km_result(-ENOSYS);
 	default:

@@ -80,17 +80,25 @@ __attribute__((destructor(101))) static void end(void)
 		km_fd_each(finish, NULL);
 }
 
+/* pthread_atfork, by the name that libc has it under: weak, because musl has none and
+ * its loader ends a program for one name that it does not find. */
+extern int __register_atfork(void (*prepare)(void), void (*parent)(void),
+			     void (*child)(void), void *library) __attribute__((weak));
+extern void *__dso_handle __attribute__((visibility("hidden")));
+
 __attribute__((constructor(101))) static void start(void)
 {
 	int saved = errno;
 
 	km_resolve();
-	km_options_init();
+	if (!km_proc.disabled)
+		km_options_init();
 	/* Cookies with the top bit set are no pointer and no small number. */
 	km_sys_getrandom(&km_proc.magic, sizeof(km_proc.magic));
 	km_proc.magic |= 0x80000000u;
 	if (!km_proc.disabled) {
-		pthread_atfork(km_fork_prepare, km_fork_parent, km_fork_child);
+		__register_atfork(km_fork_prepare, km_fork_parent, km_fork_child,
+				  __dso_handle);
 		km_inherit_start();
 	}
 	errno = saved;
