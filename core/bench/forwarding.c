@@ -141,11 +141,12 @@ static int sink(const char *port)
 	return 0;
 }
 
-static pid_t start_sink(int listener)
+/* self: as the program was called, because under valgrind /proc/self/exe is valgrind. */
+static pid_t start_sink(int listener, char *self)
 {
 	struct sockaddr_in at;
 	socklen_t len = sizeof(at);
-	char port[16], self[] = "/proc/self/exe", flag[] = "--sink";
+	char port[16], flag[] = "--sink";
 	char *argv[] = {self, flag, port, NULL}, *envp[] = {NULL};
 	pid_t pid;
 
@@ -156,7 +157,7 @@ static pid_t start_sink(int listener)
 	return pid;
 }
 
-static pid_t set_up(void)
+static pid_t set_up(char *self)
 {
 	struct sockaddr_in any = {.sin_family = AF_INET,
 				  .sin_addr = {htonl(INADDR_LOOPBACK)}};
@@ -174,7 +175,7 @@ static pid_t set_up(void)
 	CHECK((set_fd = epoll_create1(EPOLL_CLOEXEC)) >= 0);
 	CHECK(epoll_ctl(set_fd, EPOLL_CTL_ADD, pipe_fds[1], &event) == 0);
 	ready = (struct pollfd){.fd = pipe_fds[1], .events = POLLOUT};
-	pid = start_sink(listener);
+	pid = start_sink(listener, self);
 	CHECK((tcp_fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC)) >= 0);
 	close(listener);
 	for (int i = 0; i < WARM; i++)
@@ -228,7 +229,7 @@ int main(int argc, char **argv)
 		fprintf(stderr, "usage: forwarding CALLS [NAME]\n");
 		return 2;
 	}
-	pid = set_up();
+	pid = set_up(argv[0]);
 	for (size_t i = 0; i < COUNT(measures); i++) {
 		long runs = calls / measures[i].calls;
 

@@ -130,6 +130,8 @@ public class Bystander {
                     return "";
                 }
             }).filter(name -> !name.isEmpty() && !name.startsWith("/proc/"))
+                // Those of the child are closed when a thread of Java gets to it.
+                .filter(name -> !name.startsWith("pipe:"))
                 .map(name -> name.replaceAll("\\[\\d+\\]", "")).sorted()
                 .forEach(System.out::println);
         }
