@@ -236,7 +236,7 @@ ssize_t kmap_channel_read(kmap_channel *ch, void *buf, size_t len, int timeout_m
 	for (;;) {
 		bool gone = naps != 0 && peer_is_gone(ch);
 		uint32_t flags = km_load_sync(FLAGS_SEE, &ring->pflags);
-		ssize_t n = km_ring_read(&ch->rx, &iov, 1, false);
+		ssize_t n = km_ring_read(&ch->rx, &iov, 1, 0);
 		int err;
 
 		if (n > 0) {
@@ -249,7 +249,7 @@ ssize_t kmap_channel_read(kmap_channel *ch, void *buf, size_t len, int timeout_m
 			return 0;
 		if (gone || (timeout_ms == 0 && peer_is_gone(ch))) {
 			/* It may have published between the read and its death. */
-			n = km_ring_read(&ch->rx, &iov, 1, false);
+			n = km_ring_read(&ch->rx, &iov, 1, 0);
 			if (n == 0 && (km_load_sync(FLAGS_SEE, &ring->pflags) &
 				       (KM_P_FIN | KM_P_CLOSED)))
 				return 0;

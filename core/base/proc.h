@@ -49,6 +49,8 @@ ssize_t __recvfrom_chk(int fd, void *buf, size_t n, size_t room, int flags,
 int __poll_chk(struct pollfd *fds, nfds_t n, int timeout, size_t room);
 int __ppoll_chk(struct pollfd *fds, nfds_t n, const struct timespec *timeout,
 		const sigset_t *mask, size_t room);
+int __sigaction(int sig, const struct sigaction *act, struct sigaction *old);
+sighandler_t bsd_signal(int sig, sighandler_t handler);
 pid_t _Fork(void);
 pid_t __fork(void);
 pid_t __vfork(void);
@@ -59,12 +61,15 @@ int epoll_pwait2(int epfd, struct epoll_event *events, int max,
 #undef fcntl64
 int fcntl64(int fd, int cmd, ...);
 
-/* The next definition of each interposed symbol. */
+/* The next definition of each interposed symbol, those that nobody should use too. */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
 struct km_real {
 #define X(name, ...) __typeof__(name) *name;
 #include "base/symbols.def"
 #undef X
 };
+#pragma GCC diagnostic pop
 
 enum km_reason {
 #define X(id, name, meaning) KM_REASON_##id,

@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 
+#include "base/fault.h"
 #include "fd/file.h"
 
 #define ROWS 65536u
@@ -54,6 +55,7 @@ static enum km_reason make_table(void)
 	km_proc.reasons = (km_a64 *)((char *)t + KM_STATS_REASONS_OFFSET);
 	table = t;
 	table_fd = fd;
+	km_fault_arm();
 	return KM_REASON_NONE;
 }
 

@@ -152,7 +152,7 @@ int km_inherit_add(struct km_file *f, int fd, int *memfd)
 	if (*memfd < 0)
 		n = *memfd;
 	if (n == 0 && bytes)
-		n = km_ring_read(&conn->rx, &iov, 1, true);
+		n = km_ring_read(&conn->rx, &iov, 1, KM_RING_PEEK);
 	if (n >= 0 && (uint64_t)n != bytes)
 		n = -EPROTO;
 	record.inode = conn->row.inode;

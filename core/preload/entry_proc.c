@@ -4,6 +4,7 @@
 
 #include <stdarg.h>
 
+#include "base/fault.h"
 #include "event/event.h"
 #include "preload/fork.h"
 #include "sock/signals.h"
@@ -40,23 +41,81 @@ KM_EXPORT pid_t _Fork(void)
 	return pid;
 }
 
-/* Whether a wait is restarted depends on the handlers there are. */
+/*
+ * Two things depend on the program's handlers: whether a wait is restarted, and what
+ * the library's own handler of SIGSEGV and SIGBUS passes on (base/fault.h).  Each call
+ * is libc's own; afterwards ours takes the place of what it installed.
+ */
+static void action_changed(int sig)
+{
+	km_fault_changed(sig);
+	km_signals_changed();
+}
+
 KM_EXPORT int sigaction(int sig, const struct sigaction *restrict act,
 			struct sigaction *restrict old)
 {
+	struct km_action before;
+	bool kept = km_fault_recall(sig, &before);
 	int err = KM_REAL(sigaction)(sig, act, old);
 
-	if (act)
-		km_signals_changed();
+	if (act && err == 0)
+		action_changed(sig);
+	/* Mask and stack are the program's own in any case. */
+	if (km_unlikely(kept && err == 0 && old &&
+			km_fault_is_ours((void *)(uintptr_t)old->sa_handler))) {
+		old->sa_handler = (sighandler_t)(uintptr_t)before.handler;
+		old->sa_flags = (int)before.flags;
+		old->sa_restorer = (void (*)(void))(uintptr_t)before.restorer;
+	}
 	return err;
 }
 
-KM_EXPORT sighandler_t signal(int sig, sighandler_t handler)
+KM_EXPORT int __sigaction(int sig, const struct sigaction *act, struct sigaction *old)
 {
-	sighandler_t old = KM_REAL(signal)(sig, handler);
+	return sigaction(sig, act, old);
+}
 
-	km_signals_changed();
-	return old;
+#define HANDLER_CALL(name)                                                             \
+	KM_EXPORT sighandler_t name(int sig, sighandler_t handler)                     \
+	{                                                                              \
+		struct km_action before;                                               \
+		bool kept = km_fault_recall(sig, &before);                             \
+		sighandler_t old = KM_REAL(name)(sig, handler);                        \
+                                                                                       \
+		if (old != SIG_ERR)                                                    \
+			action_changed(sig);                                           \
+		return kept && km_fault_is_ours((void *)(uintptr_t)old)                \
+			       ? (sighandler_t)(uintptr_t)before.handler               \
+			       : old;                                                  \
+	}
+
+HANDLER_CALL(signal)
+HANDLER_CALL(bsd_signal)
+HANDLER_CALL(ssignal)
+HANDLER_CALL(sysv_signal)
+HANDLER_CALL(__sysv_signal)
+HANDLER_CALL(sigset)
+
+KM_EXPORT int sigignore(int sig)
+{
+	int err = KM_REAL(sigignore)(sig);
+
+	action_changed(sig);
+	return err;
+}
+
+static long sigaction_by_number(int sig, void *act, void *old, long size)
+{
+	struct km_action before, *was = old;
+	bool kept = km_fault_recall(sig, &before);
+	long err = KM_REAL(syscall)(SYS_rt_sigaction, sig, act, old, size);
+
+	if (act && err == 0)
+		action_changed(sig);
+	if (kept && err == 0 && was && km_fault_is_ours(was->handler))
+		*was = before;
+	return err;
 }
 
 #define SYS_IO_URING_SETUP 425
@@ -143,6 +202,8 @@ KM_EXPORT long syscall(long number, ...)
 		return epoll_pwait(FD, PTR(b), (int)c, (int)d, PTR(e));
 	case SYS_epoll_ctl:
 		return epoll_ctl(FD, (int)b, (int)c, PTR(d));
+	case SYS_rt_sigaction:
+		return sigaction_by_number((int)a, PTR(b), PTR(c), d);
 	case SYS_IO_URING_SETUP:
 		/* Registrations made through a ring of the kernel's would not be
 		 * seen; programs that ask like this all know life without it. */

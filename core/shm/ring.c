@@ -4,6 +4,8 @@
 #include <errno.h>
 #include <string.h>
 
+#include "base/fault.h"
+
 void km_ring_geometry_init(struct km_ring_geometry *geo, uint32_t ring_size)
 {
 	uint32_t size = KM_MIN(ring_size, KM_RING_FIRST);
@@ -88,14 +90,15 @@ static int make_room(struct km_producer *p, uint64_t want)
 	return 0;
 }
 
-static void copy_in(struct km_producer *p, uint64_t at, const uint8_t *from, size_t n)
+static int copy_in(struct km_producer *p, uint64_t at, const uint8_t *from, size_t n)
 {
 	size_t pos = at & (p->size - 1);
 	size_t first = KM_MIN(n, p->size - pos);
+	int err = km_copy_in(p->base + pos, from, first);
 
-	memcpy(p->base + pos, from, first);
-	if (km_unlikely(first < n))
-		memcpy(p->base, from + first, n - first);
+	if (km_unlikely(first < n && err == 0))
+		err = km_copy_in(p->base, from + first, n - first);
+	return err;
 }
 
 ssize_t km_ring_write(struct km_producer *p, const struct iovec *iov, int iovcnt)
@@ -110,8 +113,8 @@ ssize_t km_ring_write(struct km_producer *p, const struct iovec *iov, int iovcnt
 	for (int i = 0; i < iovcnt && room; i++) {
 		size_t n = KM_MIN(iov[i].iov_len, room);
 
-		if (n)
-			copy_in(p, at, iov[i].iov_base, n);
+		if (n && km_unlikely(copy_in(p, at, iov[i].iov_base, n) < 0))
+			return -EFAULT;
 		at += n;
 		room -= n;
 	}
@@ -184,7 +187,7 @@ static void enter_level(struct km_consumer *c, uint32_t level)
 }
 
 ssize_t km_ring_read(struct km_consumer *c, const struct iovec *iov, int iovcnt,
-		     bool peek)
+		     unsigned how)
 {
 	uint64_t at = c->r;
 	uint32_t level = c->level;
@@ -203,8 +206,10 @@ ssize_t km_ring_read(struct km_consumer *c, const struct iovec *iov, int iovcnt,
 			return -EPROTO;
 		n = KM_MIN((size_t)here, iov[i].iov_len - done);
 		n = KM_MIN(n, size - pos);
-		if (n && iov[i].iov_base)
-			memcpy((uint8_t *)iov[i].iov_base + done, base + pos, n);
+		if (n && !(how & KM_RING_DISCARD) &&
+		    km_unlikely(km_copy_out((uint8_t *)iov[i].iov_base + done,
+					    base + pos, n) < 0))
+			return -EFAULT;
 		at += n;
 		done += n;
 		if (done == iov[i].iov_len) {
@@ -215,7 +220,7 @@ ssize_t km_ring_read(struct km_consumer *c, const struct iovec *iov, int iovcnt,
 	if (at == c->r)
 		return 0;
 	done = at - c->r;
-	if (!peek) {
+	if (!(how & KM_RING_PEEK)) {
 		if (level != c->level)
 			enter_level(c, level);
 		c->r = at;

@@ -62,17 +62,21 @@ void km_consumer_init(struct km_consumer *c, struct km_wire_ring *wire, void *da
 /*
  * Copies as much of iov as fits, growing the ring if that helps, and publishes
  * it with one store.  Returns the count, 0 when full, -EPROTO when the consumer
- * published an impossible position.
+ * published an impossible position, -EFAULT when a buffer could not be read: then
+ * nothing was put in.
  */
 ssize_t km_ring_write(struct km_producer *p, const struct iovec *iov, int iovcnt);
 
 /*
- * Copies up to what iov holds and frees its space; with peek it frees nothing.
- * A NULL base discards.  Returns the count, 0 when empty, -EPROTO when the
- * producer published an impossible position.
+ * Copies up to what iov holds and frees its space.  With KM_RING_PEEK it frees
+ * nothing, with KM_RING_DISCARD it copies nothing.  Returns the count, 0 when empty,
+ * -EPROTO when the producer published an impossible position, -EFAULT when a buffer
+ * could not be written: then nothing was taken.
  */
+#define KM_RING_PEEK 1u
+#define KM_RING_DISCARD 2u
 ssize_t km_ring_read(struct km_consumer *c, const struct iovec *iov, int iovcnt,
-		     bool peek);
+		     unsigned how);
 
 /*
  * The next contiguous piece of free space / of waiting bytes, for callers that

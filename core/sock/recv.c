@@ -72,6 +72,8 @@ static ssize_t recv_ring(struct km_file *f, struct km_conn *conn, int fd,
 			 const struct iovec *iov, int iovcnt, int flags)
 {
 	struct km_consumer *rx = &conn->rx;
+	unsigned how = (flags & MSG_PEEK ? KM_RING_PEEK : 0) |
+		       (flags & MSG_TRUNC ? KM_RING_DISCARD : 0);
 	struct iovec part[64];
 	uint32_t pflags;
 	ssize_t n;
@@ -86,7 +88,7 @@ static ssize_t recv_ring(struct km_file *f, struct km_conn *conn, int fd,
 					KM_COUNT(part));
 		iov = part;
 	}
-	n = km_ring_read(rx, iov, iovcnt, flags & MSG_PEEK);
+	n = km_ring_read(rx, iov, iovcnt, how);
 
 	if (km_likely(n > 0)) {
 		conn->idle_reads = 0;

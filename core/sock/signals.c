@@ -4,13 +4,7 @@
 #include <errno.h>
 #include <sys/signalfd.h>
 
-/* The kernel's own form of struct sigaction, so that libc's is not gone through. */
-struct kernel_sigaction {
-	void *handler;
-	unsigned long flags;
-	void *restorer;
-	uint64_t mask;
-};
+#include "base/fault.h"
 
 #define SIGNALS 64
 
@@ -29,10 +23,13 @@ static void look(void)
 	if (km_swap_seq(&known, 1))
 		return;
 	for (int sig = 1; sig <= SIGNALS; sig++) {
-		struct kernel_sigaction sa;
+		struct km_action sa;
 
-		if (KM_SYS(rt_sigaction, sig, NULL, &sa, KM_SIGSET_SIZE, 0, 0) < 0 ||
-		    sa.handler == (void *)SIG_DFL || sa.handler == (void *)SIG_IGN)
+		if (KM_SYS(rt_sigaction, sig, NULL, &sa, KM_SIGSET_SIZE, 0, 0) < 0)
+			continue;
+		if (km_fault_is_ours(sa.handler))
+			km_fault_recall(sig, &sa);
+		if (sa.handler == (void *)SIG_DFL || sa.handler == (void *)SIG_IGN)
 			continue;
 		if (sa.flags & SA_RESTART)
 			restart |= 1ULL << (sig - 1);

@@ -30,7 +30,7 @@ static void discard(struct km_consumer *c, size_t n)
 {
 	struct iovec iov = {NULL, n};
 
-	CHECK_IS(km_ring_read(c, &iov, 1, false), (ssize_t)n);
+	CHECK_IS(km_ring_read(c, &iov, 1, KM_RING_DISCARD), (ssize_t)n);
 }
 
 static void check_replay(const struct km_producer *p, uint64_t at)

@@ -1,0 +1,76 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The program's memory, touched as the kernel touches it: a bad pointer is -EFAULT.
+ *
+ * The copies are a few instructions of our own (fault.S).  A handler of SIGSEGV and
+ * SIGBUS that finds the fault inside them, at an address of the range that the program
+ * named, lets the copy return -EFAULT; every other signal is the program's and is
+ * passed on.  There is nothing to set up or to take down around a copy, so that
+ * signal handlers, longjmp and threads need no care.
+ *
+ * The handlers are installed with the first upgrade of the process; before that, and
+ * in libkmap.so always, a bad pointer is a signal.
+ */
+#ifndef KM_FAULT_H
+#define KM_FAULT_H
+
+#include <signal.h>
+#include <stdbool.h>
+#include <string.h>
+
+#include "base/compiler.h"
+
+/* user is the end (dst or src) that the program named.  0 or -EFAULT; then an unknown
+ * part of dst is written. */
+int km_user_copy(void *dst, const void *src, size_t n, const void *user);
+/* Reads a byte of every page of [user, user + n).  0 or -EFAULT. */
+int km_user_probe(const void *user, size_t n);
+
+KM_INLINE int km_copy_in(void *dst, const void *user, size_t n)
+{
+#ifdef KM_GUARDED
+	return km_user_copy(dst, user, n, user);
+#else
+	memcpy(dst, user, n);
+	return 0;
+#endif
+}
+
+KM_INLINE int km_copy_out(void *user, const void *src, size_t n)
+{
+#ifdef KM_GUARDED
+	return km_user_copy(user, src, n, user);
+#else
+	memcpy(user, src, n);
+	return 0;
+#endif
+}
+
+/* Whether n bytes that the program points at can be read. */
+KM_INLINE bool km_readable(const void *user, size_t n)
+{
+	return km_likely(km_user_probe(user, n) == 0);
+}
+
+/* The kernel's own form of struct sigaction. */
+struct km_action {
+	void *handler;
+	unsigned long flags;
+	void *restorer;
+	uint64_t mask;
+};
+
+/* Installs the handlers, once. */
+void km_fault_arm(void);
+
+/*
+ * The program's action for a signal is remembered while ours stands in its place.
+ * Whoever is about to change or read one: recall before, changed after the kernel has
+ * been told.  Any thread, and signal handlers.
+ */
+void km_fault_changed(int sig);
+/* False when the library does not handle sig; otherwise what the program wants. */
+bool km_fault_recall(int sig, struct km_action *out);
+bool km_fault_is_ours(const void *handler);
+
+#endif
