@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/fault.h"
 #include "event/event.h"
 #include "link/link.h"
 #include "sock/stream.h"
@@ -136,7 +137,7 @@ void km_thread_listened(void)
 /* -- poll ------------------------------------------------------------------------- */
 
 struct poll_call {
-	struct pollfd *fds;    /* the program's */
+	struct pollfd *fds;    /* a copy of the program's */
 	struct pollfd *asked;  /* for the kernel: n, and one for the bells */
 	struct km_file **file; /* of each, or NULL */
 	nfds_t n;
@@ -345,30 +346,42 @@ static bool any_channel(const struct poll_call *c)
 
 #define ON_STACK 64
 
+/* Tells the program what was found, and nothing else: it may be changing the rest. */
+static int put_revents(const struct poll_call *c, struct pollfd *fds)
+{
+	int err = 0;
+
+	for (nfds_t i = 0; i < c->n && err == 0; i++)
+		err = km_copy_out(&fds[i].revents, &c->fds[i].revents,
+				  sizeof(fds[i].revents));
+	return err;
+}
+
 int km_poll(struct pollfd *fds, nfds_t n, int64_t timeout_ns, const sigset_t *mask)
 {
-	struct pollfd asked[ON_STACK + 1];
+	struct pollfd asked[ON_STACK + 1], copy[ON_STACK];
 	struct km_file *file[ON_STACK];
-	struct poll_call c = {.fds = fds, .asked = asked, .file = file, .n = n};
+	struct poll_call c = {.fds = copy, .asked = asked, .file = file, .n = n};
 	nfds_t channels;
 	int result;
 
 	if (n > ON_STACK) {
-		c.asked = malloc((n + 1) * sizeof(*c.asked) + n * sizeof(*c.file));
+		c.asked = malloc((2 * n + 1) * sizeof(*c.asked) + n * sizeof(*c.file));
 		if (!c.asked)
 			return -ENOMEM;
-		c.file = (struct km_file **)(void *)(c.asked + n + 1);
+		c.fds = c.asked + n + 1;
+		c.file = (struct km_file **)(void *)(c.fds + n);
 	}
-	for (;;) {
+	result = km_copy_in(c.fds, fds, n * sizeof(*fds));
+	while (result == 0) {
 		mark_plain(&c, 1);
 		if (!any_channel(&c)) {
-			memcpy(c.asked, fds, n * sizeof(*fds));
+			memcpy(c.asked, c.fds, n * sizeof(*fds));
 			result = poll_kernel(&c, false,
 					     timeout_ns < 0 ? INT64_MAX : timeout_ns,
 					     mask);
-			if (result >= 0)
-				for (nfds_t i = 0; i < n; i++)
-					fds[i].revents = c.asked[i].revents;
+			for (nfds_t i = 0; i < n; i++)
+				c.fds[i].revents = c.asked[i].revents;
 			mark_plain(&c, -1);
 			break;
 		}
@@ -378,10 +391,14 @@ int km_poll(struct pollfd *fds, nfds_t n, int64_t timeout_ns, const sigset_t *ma
 			sched_yield();
 			continue;
 		}
-		result = poll_loop(&c, timeout_ns, mask, channels < n);
+		result = mask && !km_readable(mask, KM_SIGSET_SIZE)
+				 ? -EFAULT
+				 : poll_loop(&c, timeout_ns, mask, channels < n);
 		poll_end(&c);
 		break;
 	}
+	if (result >= 0 && put_revents(&c, fds) < 0)
+		result = -EFAULT;
 	if (c.asked != asked)
 		free(c.asked);
 	return result;

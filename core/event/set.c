@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "base/fault.h"
 #include "event/event.h"
 #include "sock/stream.h"
 
@@ -538,10 +539,12 @@ static bool scan_found(struct km_reg *reg)
 	       !(km_load_seq(&conn->tx.wire->prod_wait) & KM_WAIT_EVENT);
 }
 
-/* Moves what is ready to evs, set's lock held. */
+/* Moves what is ready to evs, set's lock held.  -EFAULT when the first one could not
+ * be written; what was not reported stays ready. */
 static int collect(struct km_set *set, struct epoll_event *evs, int max)
 {
 	struct km_reg *stop = NULL, *reg;
+	struct epoll_event ev;
 	int n = 0;
 
 	if (km_unlikely(set->scan))
@@ -562,8 +565,13 @@ static int collect(struct km_set *set, struct epoll_event *evs, int max)
 		reg->want_space = (events & EPOLLOUT) && !(found & EPOLLOUT);
 		if (!found)
 			continue;
-		evs[n].events = found;
-		evs[n].data = reg->data;
+		ev.events = found;
+		ev.data = reg->data;
+		if (km_unlikely(km_copy_out(&evs[n], &ev, sizeof(ev)) < 0)) {
+			reg->fresh = fresh;
+			ready_push(reg);
+			return n ? n : -EFAULT;
+		}
 		n++;
 		if (events & EPOLLONESHOT) {
 			reg->disarmed = true;
@@ -622,7 +630,7 @@ static int found_here(struct km_set *set, struct epoll_event *evs, int max)
 		return 0;
 	how = km_lock(&set->lock);
 	n = collect(set, evs, max);
-	more = n && set->ready != NULL;
+	more = n > 0 && set->ready != NULL;
 	km_unlock(&set->lock, how);
 	if (km_unlikely(set->watched))
 		ring_again(set);
@@ -630,6 +638,14 @@ static int found_here(struct km_set *set, struct epoll_event *evs, int max)
 	if (more && (km_load_seq(&set->sleepers) || set->watched))
 		km_bell_kick(set->bell[0]);
 	return n;
+}
+
+/* found_here for what is left of evs after n. */
+static int found_too(struct km_set *set, struct epoll_event *evs, int n, int max)
+{
+	int more = n < max ? found_here(set, evs + n, max - n) : 0;
+
+	return more > 0 || n == 0 ? n + more : n;
 }
 
 void km_set_watch(struct km_set *set, int epfd)
@@ -676,9 +692,12 @@ static int take_stash(struct km_set *set, struct epoll_event *evs, int max)
 	enum km_lock_result how = km_lock(&set->lock);
 	int n = KM_MIN(max, (int)set->stashed);
 
-	memcpy(evs, set->stash, (size_t)n * sizeof(*evs));
-	set->stashed -= (uint32_t)n;
-	memmove(set->stash, set->stash + n, set->stashed * sizeof(*evs));
+	if (km_copy_out(evs, set->stash, (size_t)n * sizeof(*evs)) < 0) {
+		n = -EFAULT;
+	} else {
+		set->stashed -= (uint32_t)n;
+		memmove(set->stash, set->stash + n, set->stashed * sizeof(*evs));
+	}
 	km_unlock(&set->lock, how);
 	return n;
 }
@@ -719,7 +738,7 @@ static int found_at_once(struct km_set *set, int epfd, struct epoll_event *evs, 
 		k = kernel_wait(epfd, evs, room, 0, NULL);
 		n = k > 0 ? km_set_translate(set, evs, k) : 0;
 	}
-	return n < max ? n + found_here(set, evs + n, max - n) : n;
+	return found_too(set, evs, n, max);
 }
 
 int km_epoll_wait(struct km_set *set, int epfd, struct epoll_event *evs, int max,
@@ -731,9 +750,11 @@ int km_epoll_wait(struct km_set *set, int epfd, struct epoll_event *evs, int max
 
 	if (max <= 0)
 		return kernel_wait(epfd, evs, max, 0, mask);
+	if (mask && !km_readable(mask, KM_SIGSET_SIZE))
+		return -EFAULT;
 	if (km_unlikely(set->stashed)) {
 		n = take_stash(set, evs, max);
-		return n < max ? n + found_here(set, evs + n, max - n) : n;
+		return n < 0 ? n : found_too(set, evs, n, max);
 	}
 	for (;;) {
 		n = found_at_once(set, epfd, evs, max);
@@ -744,7 +765,7 @@ int km_epoll_wait(struct km_set *set, int epfd, struct epoll_event *evs, int max
 			if (k <= 0)
 				return k;
 			n = km_set_translate(set, evs, k);
-			return n < max ? n + found_here(set, evs + n, max - n) : n;
+			return found_too(set, evs, n, max);
 		}
 		arm_all(set, &bells);
 		n = found_here(set, evs, max);
@@ -763,9 +784,7 @@ int km_epoll_wait(struct km_set *set, int epfd, struct epoll_event *evs, int max
 		disarm_all(set, bells);
 		if (k < 0)
 			return k;
-		n = km_set_translate(set, evs, k);
-		if (n < max)
-			n += found_here(set, evs + n, max - n);
+		n = found_too(set, evs, km_set_translate(set, evs, k), max);
 		if (n || (k == 0 && timeout_ns >= 0))
 			return n;
 		if (deadline > 0 && km_now_ns() >= deadline)

@@ -3,7 +3,6 @@
 #include "preload/entry.h"
 
 #include <stdlib.h>
-#include <string.h>
 
 #include "event/event.h"
 
@@ -34,6 +33,8 @@ KM_EXPORT int epoll_create1(int flags)
 
 KM_EXPORT int epoll_ctl(int epfd, int op, int fd, struct epoll_event *ev)
 {
+	struct epoll_event copy;
+
 	if (km_unlikely(km_set_of(fd) != NULL)) {
 		int err = KM_REAL(epoll_ctl)(epfd, op, fd, ev);
 
@@ -43,21 +44,35 @@ KM_EXPORT int epoll_ctl(int epfd, int op, int fd, struct epoll_event *ev)
 			km_set_watch(km_set_of(fd), fd);
 		return err;
 	}
-	if (km_likely(!km_file_of(fd)) || km_bad_pointer(ev, ev ? sizeof(*ev) : 0))
+	if (km_likely(!km_file_of(fd)))
 		return KM_REAL(epoll_ctl)(epfd, op, fd, ev);
-	return (int)km_result(km_epoll_ctl(epfd, op, fd, ev));
-}
-
-/* The kernel names what is wrong with it. */
-static bool bad_time(const struct timespec *t)
-{
-	return t && (km_bad_pointer(t, sizeof(*t)) || t->tv_sec < 0 || t->tv_nsec < 0 ||
-		     t->tv_nsec >= 1000000000);
+	if (op == EPOLL_CTL_DEL)
+		return (int)km_result(km_epoll_ctl(epfd, op, fd, NULL));
+	/* The kernel names what is wrong with it. */
+	if (!km_user_get(&copy, ev, sizeof(copy)))
+		return KM_REAL(epoll_ctl)(epfd, op, fd, ev);
+	return (int)km_result(km_epoll_ctl(epfd, op, fd, &copy));
 }
 
 static int64_t ms_to_ns(int ms)
 {
 	return ms < 0 ? -1 : (int64_t)ms * 1000000;
+}
+
+/* For ever without a time.  False when something is wrong with it, which the kernel
+ * names. */
+static bool get_time(const struct timespec *user, int64_t *ns)
+{
+	struct timespec t;
+
+	*ns = -1;
+	if (!user)
+		return true;
+	if (!km_user_get(&t, user, sizeof(t)) || t.tv_sec < 0 || t.tv_nsec < 0 ||
+	    t.tv_nsec >= 1000000000)
+		return false;
+	*ns = KM_MIN(t.tv_sec, 1000000000) * 1000000000LL + t.tv_nsec;
+	return true;
 }
 
 /*
@@ -117,13 +132,10 @@ KM_EXPORT int epoll_pwait(int epfd, struct epoll_event *evs, int max, int timeou
 KM_EXPORT int epoll_pwait2(int epfd, struct epoll_event *evs, int max,
 			   const struct timespec *timeout, const sigset_t *mask)
 {
-	int64_t ns = -1;
+	int64_t ns;
 
-	if (bad_time(timeout))
+	if (!get_time(timeout, &ns))
 		return KM_REAL(epoll_pwait2)(epfd, evs, max, timeout, mask);
-	if (timeout)
-		ns = KM_MIN(timeout->tv_sec, 1000000000) * 1000000000LL +
-		     timeout->tv_nsec;
 	WAIT_CALL(epfd, evs, max, ns, mask,
 		  KM_REAL(epoll_pwait2)(epfd, evs, max, timeout, mask));
 }
@@ -133,7 +145,7 @@ static bool any_tracked(const struct pollfd *fds, nfds_t n)
 	bool found = false;
 
 	if (km_likely(km_load_relaxed(&km_proc.files) == 0) || km_thread.bypass ||
-	    km_bad_pointer(fds, n * sizeof(*fds)))
+	    n > KM_FD_MAX || !km_user_readable(fds, n * sizeof(*fds)))
 		return false;
 	for (nfds_t i = 0; i < n; i++) {
 		struct km_set *set = km_set_of(fds[i].fd);
@@ -172,12 +184,11 @@ KM_EXPORT int __poll_chk(struct pollfd *fds, nfds_t n, int timeout, size_t room)
 KM_EXPORT int ppoll(struct pollfd *fds, nfds_t n, const struct timespec *timeout,
 		    const sigset_t *mask)
 {
-	if (km_likely(!any_tracked(fds, n)) || bad_time(timeout))
+	int64_t ns;
+
+	if (km_likely(!any_tracked(fds, n)) || !get_time(timeout, &ns))
 		return KM_REAL(ppoll)(fds, n, timeout, mask);
-	return (int)km_result(km_poll(
-		fds, n,
-		timeout ? timeout->tv_sec * 1000000000LL + timeout->tv_nsec : -1,
-		mask));
+	return (int)km_result(km_poll(fds, n, ns, mask));
 }
 
 KM_EXPORT int __ppoll_chk(struct pollfd *fds, nfds_t n, const struct timespec *timeout,
@@ -194,6 +205,7 @@ KM_EXPORT int __ppoll_chk(struct pollfd *fds, nfds_t n, const struct timespec *t
 
 typedef unsigned long word;
 #define WORD_BITS (8 * (int)sizeof(word))
+#define SET_WORDS(n) ((size_t)(((n) + WORD_BITS - 1) / WORD_BITS))
 
 /* Sets may be larger than FD_SETSIZE, so the macros will not do. */
 static bool in_set(int fd, const fd_set *set)
@@ -201,16 +213,14 @@ static bool in_set(int fd, const fd_set *set)
 	return set && (((const word *)set)[fd / WORD_BITS] >> (fd % WORD_BITS) & 1);
 }
 
-static void put_in(int fd, fd_set *set)
+static void put_in(int fd, word *set)
 {
-	((word *)set)[fd / WORD_BITS] |= (word)1 << (fd % WORD_BITS);
+	set[fd / WORD_BITS] |= (word)1 << (fd % WORD_BITS);
 }
 
-static void empty(int n, fd_set *set)
+static bool set_readable(int n, const fd_set *set)
 {
-	if (set)
-		memset(set, 0,
-		       (size_t)((n + WORD_BITS - 1) / WORD_BITS) * sizeof(word));
+	return !set || km_user_readable(set, SET_WORDS(n) * sizeof(word));
 }
 
 static bool select_tracked(int n, const fd_set *r, const fd_set *w, const fd_set *e)
@@ -218,7 +228,8 @@ static bool select_tracked(int n, const fd_set *r, const fd_set *w, const fd_set
 	bool found = false;
 
 	if (km_likely(km_load_relaxed(&km_proc.files) == 0) || km_thread.bypass ||
-	    n <= 0 || n > (int)KM_FD_MAX)
+	    n <= 0 || n > (int)KM_FD_MAX || !set_readable(n, r) ||
+	    !set_readable(n, w) || !set_readable(n, e))
 		return false;
 	for (int fd = 0; fd < n; fd++) {
 		if (!in_set(fd, r) && !in_set(fd, w) && !in_set(fd, e))
@@ -234,12 +245,18 @@ static bool select_tracked(int n, const fd_set *r, const fd_set *w, const fd_set
 static int select_by_poll(int n, fd_set *r, fd_set *w, fd_set *e, int64_t timeout_ns,
 			  const sigset_t *mask)
 {
-	struct pollfd *fds = calloc((size_t)n, sizeof(*fds));
+	size_t words = SET_WORDS(n);
+	struct pollfd *fds =
+		calloc(1, (size_t)n * sizeof(*fds) + 3 * words * sizeof(word));
+	fd_set *user[] = {r, w, e};
+	word *found[3];
 	nfds_t count = 0;
 	int result;
 
 	if (!fds)
 		return -ENOMEM;
+	for (int i = 0; i < 3; i++)
+		found[i] = (word *)(void *)(fds + n) + (size_t)i * words;
 	for (int fd = 0; fd < n; fd++) {
 		short events = 0;
 
@@ -256,30 +273,29 @@ static int select_by_poll(int n, fd_set *r, fd_set *w, fd_set *e, int64_t timeou
 	for (nfds_t i = 0; i < count && result >= 0; i++)
 		if (fds[i].revents & POLLNVAL)
 			result = -EBADF;
-	if (result >= 0) {
-		empty(n, r);
-		empty(n, w);
-		empty(n, e);
+	if (result > 0)
 		result = 0;
-	}
 	for (nfds_t i = 0; i < count && result >= 0; i++) {
 		short asked = fds[i].events, got = fds[i].revents;
 
 		if ((asked & POLLIN) &&
 		    (got & (POLLIN | POLLRDNORM | POLLRDBAND | POLLHUP | POLLERR))) {
-			put_in(fds[i].fd, r);
+			put_in(fds[i].fd, found[0]);
 			result++;
 		}
 		if ((asked & POLLOUT) &&
 		    (got & (POLLOUT | POLLWRNORM | POLLWRBAND | POLLERR))) {
-			put_in(fds[i].fd, w);
+			put_in(fds[i].fd, found[1]);
 			result++;
 		}
 		if ((asked & POLLPRI) && (got & POLLPRI)) {
-			put_in(fds[i].fd, e);
+			put_in(fds[i].fd, found[2]);
 			result++;
 		}
 	}
+	for (int i = 0; i < 3 && result >= 0; i++)
+		if (user[i] && km_copy_out(user[i], found[i], words * sizeof(word)) < 0)
+			result = -EFAULT;
 	free(fds);
 	return result;
 }
@@ -288,23 +304,26 @@ KM_EXPORT int select(int n, fd_set *restrict r, fd_set *restrict w, fd_set *rest
 		     struct timeval *restrict timeout)
 {
 	int64_t ns = -1, began;
+	struct timeval t;
 	int result;
 
 	if (km_likely(!select_tracked(n, r, w, e)))
 		return KM_REAL(select)(n, r, w, e, timeout);
 	if (timeout) {
-		if (timeout->tv_sec < 0 || timeout->tv_usec < 0)
+		if (!km_user_get(&t, timeout, sizeof(t)))
+			return (int)km_result(-EFAULT);
+		if (t.tv_sec < 0 || t.tv_usec < 0)
 			return (int)km_result(-EINVAL);
-		ns = KM_MIN(timeout->tv_sec, 1000000000) * 1000000000LL +
-		     timeout->tv_usec * 1000LL;
+		ns = KM_MIN(t.tv_sec, 1000000000) * 1000000000LL + t.tv_usec * 1000LL;
 	}
 	began = ns > 0 ? km_now_ns() : 0;
 	result = select_by_poll(n, r, w, e, ns, NULL);
 	if (ns > 0) {
-		/* Linux tells how much time was left. */
+		/* Linux tells how much time was left, where that can be written. */
 		ns = time_left(ns, began) / 1000;
-		timeout->tv_sec = ns / 1000000;
-		timeout->tv_usec = ns % 1000000;
+		t.tv_sec = ns / 1000000;
+		t.tv_usec = ns % 1000000;
+		km_copy_out(timeout, &t, sizeof(t));
 	}
 	return (int)km_result(result);
 }
@@ -318,10 +337,9 @@ KM_EXPORT int pselect(int n, fd_set *restrict r, fd_set *restrict w, fd_set *res
 		      const struct timespec *restrict timeout,
 		      const sigset_t *restrict mask)
 {
-	if (km_likely(!select_tracked(n, r, w, e)) || bad_time(timeout))
+	int64_t ns;
+
+	if (km_likely(!select_tracked(n, r, w, e)) || !get_time(timeout, &ns))
 		return KM_REAL(pselect)(n, r, w, e, timeout, mask);
-	return (int)km_result(select_by_poll(
-		n, r, w, e,
-		timeout ? timeout->tv_sec * 1000000000LL + timeout->tv_nsec : -1,
-		mask));
+	return (int)km_result(select_by_poll(n, r, w, e, ns, mask));
 }

@@ -11,19 +11,18 @@
 #include "link/held.h"
 
 #define RECV(fd, iov, n, flags)                                                        \
-	(!((flags)&MSG_TRUNC) && km_bad_iov(iov, n) ? -EFAULT                          \
-						    : km_recv(f, fd, iov, n, flags))
+	(kernel_pointer_in(iov, n) ? -EFAULT : km_recv(f, fd, iov, n, flags))
 #define SEND(fd, iov, n, flags)                                                        \
-	(km_bad_iov(iov, n) ? -EFAULT : km_send(f, fd, iov, n, flags))
+	(kernel_pointer_in(iov, n) ? -EFAULT : km_send(f, fd, iov, n, flags))
 #define ONE(buf, n)                                                                    \
 	(&(struct iovec){(void *)(uintptr_t)(buf), KM_MIN((size_t)(n), RW_MOST)})
 /* The kernel moves no more in one call. */
 #define RW_MOST 0x7ffff000u
 
-bool km_bad_iov(const struct iovec *iov, int iovcnt)
+static bool kernel_pointer_in(const struct iovec *iov, int iovcnt)
 {
 	for (int i = 0; i < iovcnt; i++)
-		if (km_bad_pointer(iov[i].iov_base, iov[i].iov_len))
+		if (km_kernel_pointer(iov[i].iov_base, iov[i].iov_len))
 			return true;
 	return false;
 }
@@ -72,7 +71,8 @@ static bool iov_is_invalid(const struct iovec *iov, int iovcnt)
 {
 	size_t left = SSIZE_MAX;
 
-	if (iovcnt < 0 || iovcnt > IOV_MAX || km_bad_pointer(iov, (size_t)iovcnt))
+	if (iovcnt < 0 || iovcnt > IOV_MAX ||
+	    !km_readable(iov, (size_t)iovcnt * sizeof(*iov)))
 		return true;
 	for (int i = 0; i < iovcnt; i++) {
 		if (iov[i].iov_len > left)
@@ -115,7 +115,7 @@ static ssize_t vector_at(struct km_file *f, int fd, const struct iovec *iov, int
 	if (err < 0)
 		return err;
 	if (iov_is_invalid(iov, iovcnt))
-		return -EINVAL;
+		return KM_SYS(readv, fd, iov, iovcnt, 0, 0, 0);
 	if (iovcnt == 0)
 		return 0;
 	return out ? SEND(fd, iov, iovcnt, msg_flags)
@@ -166,10 +166,16 @@ static ssize_t receive_from(struct km_file *f, int fd, void *buf, size_t n, int 
 			    socklen_t *len)
 {
 	ssize_t got = RECV(fd, ONE(buf, n), 1, flags);
+	int room, none = 0;
 
-	if (got >= 0 && len)
-		*len = 0;
-	return got;
+	if (got < 0 || !len)
+		return got;
+	/* What was received is gone, as it is on the kernel. */
+	if (km_copy_in(&room, len, sizeof(room)) < 0)
+		return -EFAULT;
+	if (room < 0)
+		return -EINVAL;
+	return km_copy_out(len, &none, sizeof(none)) < 0 ? -EFAULT : got;
 }
 
 KM_EXPORT ssize_t recvfrom(int fd, void *restrict buf, size_t n_, int flags,
@@ -188,23 +194,42 @@ KM_EXPORT ssize_t __recvfrom_chk(int fd, void *restrict buf, size_t n_, size_t r
 	return recvfrom(fd, buf, n_, flags, addr, len);
 }
 
+/* The parts of a message that the kernel writes.  It has no name for TCP. */
+static int message_out(struct msghdr *msg, const struct msghdr *now)
+{
+	int err = 0;
+
+	if (now->msg_name)
+		err = km_copy_out(&msg->msg_namelen, &now->msg_namelen,
+				  sizeof(now->msg_namelen));
+	if (err == 0)
+		err = km_copy_out(&msg->msg_controllen, &now->msg_controllen,
+				  offsetof(struct msghdr, msg_flags) +
+					  sizeof(now->msg_flags) -
+					  offsetof(struct msghdr, msg_controllen));
+	return err;
+}
+
 static ssize_t receive_message(struct km_file *f, int fd, struct msghdr *msg, int flags)
 {
+	struct msghdr m;
 	ssize_t n;
 
-	if (km_bad_pointer(msg, sizeof(*msg)))
+	if (km_copy_in(&m, msg, sizeof(m)) < 0)
 		return -EFAULT;
-	if (km_unlikely(msg->msg_iovlen > IOV_MAX ||
-			iov_is_invalid(msg->msg_iov, (int)msg->msg_iovlen)))
+	if (km_unlikely(m.msg_iovlen > IOV_MAX ||
+			iov_is_invalid(m.msg_iov, (int)m.msg_iovlen)))
 		return km_sys_recvmsg(fd, msg, flags);
 	if (flags & MSG_ERRQUEUE)
 		return km_sys_recvmsg(fd, msg, flags);
-	n = RECV(fd, msg->msg_iov, (int)msg->msg_iovlen, flags);
+	n = RECV(fd, m.msg_iov, (int)m.msg_iovlen, flags);
 	if (n >= 0) {
-		msg->msg_namelen = 0;
-		msg->msg_controllen = 0;
+		m.msg_namelen = 0;
+		m.msg_controllen = 0;
 		/* What the kernel says for TCP. */
-		msg->msg_flags = flags & MSG_CMSG_CLOEXEC;
+		m.msg_flags = flags & MSG_CMSG_CLOEXEC;
+		if (message_out(msg, &m) < 0)
+			return -EFAULT;
 	}
 	return n;
 }
@@ -293,24 +318,25 @@ static ssize_t send_plain(int fd, const struct msghdr *msg, int flags)
 static ssize_t send_message(struct km_file *f, int fd, const struct msghdr *msg,
 			    int flags)
 {
+	struct msghdr m;
 	ssize_t err;
 
-	if (km_bad_pointer(msg, sizeof(*msg)))
+	if (km_copy_in(&m, msg, sizeof(m)) < 0)
 		return -EFAULT;
-	if (km_unlikely(msg->msg_iovlen > IOV_MAX ||
-			iov_is_invalid(msg->msg_iov, (int)msg->msg_iovlen)))
+	if (km_unlikely(m.msg_iovlen > IOV_MAX ||
+			iov_is_invalid(m.msg_iov, (int)m.msg_iovlen)))
 		return km_sys_sendmsg(fd, msg, flags);
-	if (km_unlikely(msg->msg_controllen)) {
+	if (km_unlikely(m.msg_controllen)) {
 		/* The kernel judges control data; none that it takes changes what a
 		 * ring does. */
-		struct msghdr control = *msg;
+		struct msghdr control = m;
 
 		control.msg_iovlen = 0;
 		err = km_sys_sendmsg(fd, &control, flags | MSG_DONTWAIT);
 		if (err < 0)
 			return err;
 	}
-	return SEND(fd, msg->msg_iov, (int)msg->msg_iovlen, flags);
+	return SEND(fd, m.msg_iov, (int)m.msg_iovlen, flags);
 }
 
 KM_EXPORT ssize_t sendmsg(int fd, const struct msghdr *msg, int flags)
@@ -319,27 +345,41 @@ KM_EXPORT ssize_t sendmsg(int fd, const struct msghdr *msg, int flags)
 		     send_message(f, fd, msg, flags));
 }
 
+/* The count of one message of several; n is what the call for it returned. */
+static ssize_t put_count(struct mmsghdr *msg, ssize_t n)
+{
+	unsigned len = (unsigned)n;
+
+	if (n < 0 || km_copy_out(&msg->msg_len, &len, sizeof(len)) == 0)
+		return n;
+	return km_result(-EFAULT);
+}
+
 static int receive_many(int fd, struct mmsghdr *msgs, unsigned count, int flags,
 			const struct timespec *timeout)
 {
-	int64_t deadline = timeout ? km_now_ns() + timeout->tv_sec * 1000000000LL +
-					     timeout->tv_nsec
-				   : -1;
+	struct timespec limit;
+	int64_t deadline = -1;
 	unsigned i;
 
 	int saved = errno;
 
+	if (timeout) {
+		if (!km_user_get(&limit, timeout, sizeof(limit)))
+			return (int)km_result(-EFAULT);
+		deadline = km_now_ns() + limit.tv_sec * 1000000000LL + limit.tv_nsec;
+	}
 	for (i = 0; i < count; i++) {
 		int more = i && (flags & MSG_WAITFORONE) ? MSG_DONTWAIT : 0;
 		ssize_t n =
 			recvmsg(fd, &msgs[i].msg_hdr, (flags & ~MSG_WAITFORONE) | more);
 
+		n = put_count(&msgs[i], n);
 		if (n < 0) {
 			if (i)
 				errno = saved;
 			return i ? (int)i : -1;
 		}
-		msgs[i].msg_len = (unsigned)n;
 		if (n == 0 || (deadline >= 0 && km_now_ns() >= deadline))
 			return (int)i + 1;
 	}
@@ -375,24 +415,36 @@ KM_EXPORT int sendmmsg(int fd, struct mmsghdr *msgs, unsigned count, int flags)
 	if (!f || km_load_acquire(&f->mode) == KM_MODE_PINNED)
 		return KM_REAL(sendmmsg)(fd, msgs, count, flags);
 	for (i = 0; i < count; i++) {
-		ssize_t n = sendmsg(fd, &msgs[i].msg_hdr, flags);
+		ssize_t n = put_count(&msgs[i], sendmsg(fd, &msgs[i].msg_hdr, flags));
 
 		if (n < 0) {
 			if (i)
 				errno = saved;
 			return i ? (int)i : -1;
 		}
-		msgs[i].msg_len = (unsigned)n;
 	}
 	return (int)i;
+}
+
+static ssize_t send_file(struct km_file *f, int fd, int in, off64_t *offset,
+			 size_t count)
+{
+	off64_t at;
+	ssize_t n;
+
+	if (!offset)
+		return km_sendfile(f, fd, in, NULL, count);
+	if (km_copy_in(&at, offset, sizeof(at)) < 0)
+		return -EFAULT;
+	n = km_sendfile(f, fd, in, &at, count);
+	/* Written whatever the result, as on the kernel. */
+	return km_copy_out(offset, &at, sizeof(at)) < 0 ? -EFAULT : n;
 }
 
 KM_EXPORT ssize_t sendfile64(int fd, int in, off64_t *offset, size_t count)
 {
 	KM_DATA_CALL(fd, KM_OUT, KM_REAL(sendfile64)(fd, in, offset, count),
-		     offset && km_bad_pointer(offset, sizeof(*offset))
-			     ? -EFAULT
-			     : km_sendfile(f, fd, in, offset, count));
+		     send_file(f, fd, in, offset, count));
 }
 
 KM_EXPORT ssize_t sendfile(int fd, int in, off_t *offset, size_t count)

@@ -82,9 +82,17 @@ static void accepted(int fd, const struct sockaddr *addr, const socklen_t *len,
 		km_fd_forget(fd);
 }
 
+/* What the kernel may write of the address. */
+static socklen_t room_of(const struct sockaddr *addr, const socklen_t *len)
+{
+	socklen_t room;
+
+	return addr && len && km_user_get(&room, len, sizeof(room)) ? room : 0;
+}
+
 KM_EXPORT int accept(int fd, struct sockaddr *restrict addr, socklen_t *restrict len)
 {
-	socklen_t room = addr && len && !km_bad_pointer(len, sizeof(*len)) ? *len : 0;
+	socklen_t room = room_of(addr, len);
 	int got = KM_REAL(accept)(fd, addr, len);
 
 	if (got >= 0)
@@ -95,7 +103,7 @@ KM_EXPORT int accept(int fd, struct sockaddr *restrict addr, socklen_t *restrict
 KM_EXPORT int accept4(int fd, struct sockaddr *restrict addr, socklen_t *restrict len,
 		      int flags)
 {
-	socklen_t room = addr && len && !km_bad_pointer(len, sizeof(*len)) ? *len : 0;
+	socklen_t room = room_of(addr, len);
 	int got = KM_REAL(accept4)(fd, addr, len, flags);
 
 	if (got >= 0)
@@ -200,19 +208,20 @@ static void note_nonblock(struct km_file *f, bool on)
 int km_entry_ioctl(int fd, unsigned long request, void *arg)
 {
 	struct km_file *f = km_file_of(fd);
-	int err;
+	int err, bytes;
 
 	if (km_unlikely(km_thread.bypass) && request == FIONCLEX)
 		km_file_hand_on(fd, fd);
 	if (km_likely(!f) || km_load_acquire(&f->mode) != KM_MODE_CHANNEL)
 		return KM_REAL(ioctl)(fd, request, arg);
 	if (request == SIOCINQ || request == SIOCOUTQ) {
-		if (km_bad_pointer(arg, sizeof(int)))
-			return (int)km_result(-EFAULT);
-		err = request == SIOCINQ ? km_stream_inq(f, fd, arg)
-					 : km_stream_outq(f, fd, arg);
-		return err == KM_RETRY ? KM_REAL(ioctl)(fd, request, arg)
-				       : (int)km_result(err);
+		err = request == SIOCINQ ? km_stream_inq(f, fd, &bytes)
+					 : km_stream_outq(f, fd, &bytes);
+		if (err == KM_RETRY)
+			return KM_REAL(ioctl)(fd, request, arg);
+		if (err == 0)
+			err = km_copy_out(arg, &bytes, sizeof(bytes));
+		return (int)km_result(err);
 	}
 	err = KM_REAL(ioctl)(fd, request, arg);
 	if (request == FIONBIO && err == 0)
