@@ -163,12 +163,12 @@ KM_EXPORT ssize_t __recv_chk(int fd, void *buf, size_t n_, size_t room, int flag
 
 /* TCP fills in no address, and leaves the length alone. */
 static ssize_t receive_from(struct km_file *f, int fd, void *buf, size_t n, int flags,
-			    socklen_t *len)
+			    const struct sockaddr *addr, socklen_t *len)
 {
 	ssize_t got = RECV(fd, ONE(buf, n), 1, flags);
 	int room, none = 0;
 
-	if (got < 0 || !len)
+	if (got < 0 || !addr)
 		return got;
 	/* What was received is gone, as it is on the kernel. */
 	if (km_copy_in(&room, len, sizeof(room)) < 0)
@@ -182,7 +182,7 @@ KM_EXPORT ssize_t recvfrom(int fd, void *restrict buf, size_t n_, int flags,
 			   struct sockaddr *restrict addr, socklen_t *restrict len)
 {
 	KM_DATA_CALL(fd, KM_IN, KM_REAL(recvfrom)(fd, buf, n_, flags, addr, len),
-		     receive_from(f, fd, buf, n_, flags, addr ? len : NULL));
+		     receive_from(f, fd, buf, n_, flags, addr, len));
 }
 
 KM_EXPORT ssize_t __recvfrom_chk(int fd, void *restrict buf, size_t n_, size_t room,
