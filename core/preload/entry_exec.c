@@ -43,7 +43,7 @@ static int hand_on(const char *file, char *const env[], bool becomes)
 	if (km_likely(!km_proc.used))
 		return -1;
 	takes = km_load_relaxed(&km_proc.channels) && file &&
-		!km_bad_pointer(file, 1) && km_inherit_possible(file, env);
+		km_user_readable(file, 1) && km_inherit_possible(file, env);
 	km_file_hand_on_survivors(takes ? &memfd : NULL, becomes);
 	return memfd;
 }

@@ -289,21 +289,26 @@ KM_EXPORT ssize_t sendto(int fd, const void *buf, size_t n_, int flags,
 /* Descriptors in a message are about to be another program's. */
 static void hand_on_rights(const struct msghdr *msg)
 {
-	struct msghdr *m = (struct msghdr *)(uintptr_t)msg;
+	struct msghdr m;
+	struct cmsghdr c;
+	const char *at, *end;
 
-	if (km_bad_pointer(msg, sizeof(*msg)) || !msg->msg_controllen ||
-	    km_bad_pointer(msg->msg_control, msg->msg_controllen))
+	if (!km_user_get(&m, msg, sizeof(m)) || !m.msg_controllen)
 		return;
-	for (struct cmsghdr *c = CMSG_FIRSTHDR(m); c; c = CMSG_NXTHDR(m, c)) {
-		if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS ||
-		    c->cmsg_len < CMSG_LEN(0))
+	at = m.msg_control;
+	for (end = at + m.msg_controllen; end - at >= (long)sizeof(c);
+	     at += CMSG_ALIGN(c.cmsg_len)) {
+		if (!km_user_get(&c, at, sizeof(c)) || c.cmsg_len < sizeof(c) ||
+		    c.cmsg_len > (size_t)(end - at))
+			return;
+		if (c.cmsg_level != SOL_SOCKET || c.cmsg_type != SCM_RIGHTS)
 			continue;
-		for (size_t at = 0; at + CMSG_LEN(sizeof(int)) <= c->cmsg_len;
-		     at += sizeof(int)) {
+		for (size_t n = CMSG_LEN(0); n + sizeof(int) <= c.cmsg_len;
+		     n += sizeof(int)) {
 			int fd;
 
-			memcpy(&fd, CMSG_DATA(c) + at, sizeof(fd));
-			km_file_hand_on(fd, KM_BY_MESSAGE);
+			if (km_user_get(&fd, at + n, sizeof(fd)))
+				km_file_hand_on(fd, KM_BY_MESSAGE);
 		}
 	}
 }
@@ -409,7 +414,7 @@ KM_EXPORT int sendmmsg(int fd, struct mmsghdr *msgs, unsigned count, int flags)
 	unsigned i;
 
 	if (!f && km_load_relaxed(&km_proc.files) &&
-	    !km_bad_pointer(msgs, count * sizeof(*msgs)))
+	    km_user_readable(msgs, count * sizeof(*msgs)))
 		for (i = 0; i < count; i++)
 			hand_on_rights(&msgs[i].msg_hdr);
 	if (!f || km_load_acquire(&f->mode) == KM_MODE_PINNED)
