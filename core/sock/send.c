@@ -120,8 +120,10 @@ static ssize_t send_once(struct km_file *f, struct km_conn *conn, int fd,
 			km_tx_end(conn);
 		switch ((enum km_phase)conn->tx_phase) {
 		case KM_PHASE_KERNEL:
+			/* A send of nothing has no byte to begin with on the ring. */
 			if (may_cut(f, conn) && !peer_stopped(conn) &&
-			    !(flags & MSG_OOB) && cut_tx(conn, fd) == 0)
+			    !(flags & MSG_OOB) && km_iov_total(iov, iovcnt) &&
+			    cut_tx(conn, fd) == 0)
 				continue;
 			return km_kernel_send(fd, iov, iovcnt, flags);
 		case KM_PHASE_DRAIN:

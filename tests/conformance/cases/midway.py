@@ -342,3 +342,17 @@ def pair_says_so() -> None:
     assert on_ring(ends.a) is on_ring(ends.b) is UNDER_KMAP
     fresh = _unlike()
     assert not on_ring(fresh.a)
+
+
+def sends_of_nothing() -> None:
+    """Each end sends nothing before it sends something, so that one such call is the
+    first after the handshake: a send of nothing returns, and moves nothing."""
+    ends = _unlike()
+    for turn in range(ROUNDS):
+        ball = bytes([turn])
+        for sender, receiver in ((ends.a, ends.b), (ends.b, ends.a)):
+            assert sender.send(b"") == 0
+            assert sender.send(ball) == 1
+            assert receiver.recv(2) == ball
+    assert_on_ring(ends.a)
+    assert_on_ring(ends.b)
