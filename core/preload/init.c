@@ -93,6 +93,8 @@ __attribute__((constructor(101))) static void start(void)
 	km_resolve();
 	if (!km_proc.disabled)
 		km_options_init();
+	if (km_proc.log_fd > STDERR_FILENO)
+		km_proc.log_fd = km_fd_hide(km_proc.log_fd);
 	/* Cookies with the top bit set are no pointer and no small number. */
 	km_sys_getrandom(&km_proc.magic, sizeof(km_proc.magic));
 	km_proc.magic |= 0x80000000u;

@@ -205,3 +205,16 @@ def spawned_far_end_upgrades() -> None:
         peer.result()
     far_upgrade(sock, peer)
     peer.finish()
+
+
+@settings(KMAP_LOG="debug:/dev/null")
+def log_of_a_program_that_closes_everything() -> None:
+    """The program's own files get its numbers, and none of the log's lines."""
+    os.closerange(3, 2048)
+    mine = os.memfd_create("mine")
+    taken = [os.dup2(mine, number) for number in range(256, 1024)]
+    ends = pair()
+    ends.close()
+    assert os.fstat(mine).st_size == 0
+    for number in taken:
+        os.close(number)
