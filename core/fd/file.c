@@ -69,7 +69,8 @@ void km_file_new(int fd, enum km_role role)
 	f->role = (uint8_t)role;
 	f->link_fd = -1;
 	f->keep_fd = -1;
-	f->next_try = 1;
+	/* With the setting 0 the first call already takes a step. */
+	f->next_try = km_proc.options.upgrade_after ? 1 : 0;
 	f->reason = KM_REASON_NOT_HOT;
 	km_store_seq(&f->mode, KM_MODE_PLAIN);
 	km_proc.used = true;

@@ -345,8 +345,11 @@ def pair_says_so() -> None:
 
 
 def sends_of_nothing() -> None:
-    """Each end sends nothing before it sends something, so that one such call is the
-    first after the handshake: a send of nothing returns, and moves nothing."""
+    """A send of nothing returns and moves nothing.
+
+    Each end makes one before each of its others, so that one is the first call after
+    the handshake.
+    """
     ends = _unlike()
     for turn in range(ROUNDS):
         ball = bytes([turn])
