@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from kmap import native, procfs, wire
 
@@ -38,12 +38,16 @@ class Collector:
                     else:
                         os.close(fd)
 
+    def statistics(self) -> Iterator[wire.Statistics]:
+        """What each of the processes has or had, as it is now."""
+        for fd in self._fds.values():
+            yield wire.read_statistics(fd)
+
     def ring_bytes(self) -> int:
         """Bytes taken from rings and put into rings so far, open or closed."""
         total = 0
         received, sent = _closed_counters()
-        for fd in self._fds.values():
-            statistics = wire.read_statistics(fd)
+        for statistics in self.statistics():
             total += statistics.counters[received] + statistics.counters[sent]
             total += sum(
                 row.ring_rx_bytes + row.ring_tx_bytes for row in statistics.rows
