@@ -25,6 +25,10 @@
 
 #define HELLO_FDS 3
 
+/* With KMAP_UPGRADE_AFTER=0, how long connect and accept wait for the other end. */
+#define MADE_PATIENCE_NS 10000000
+#define MADE_NAP_NS 1000000
+
 static int address_of(const struct sockaddr_storage *ss, struct km_address *out)
 {
 	static const uint8_t prefix[12] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff};
@@ -696,6 +700,36 @@ void km_link_poke(struct km_file *f, int fd)
 		}
 	}
 	km_unlock(&km_proc.link_lock, how);
+}
+
+void km_link_made(int fd, bool wait)
+{
+	struct km_file *f = km_file_of(fd);
+	struct timespec nap = {0, MADE_NAP_NS};
+	int64_t end;
+
+	if (km_likely(!f || km_proc.options.upgrade_after))
+		return;
+	end = km_now_ns() + MADE_PATIENCE_NS;
+	do {
+		struct pollfd pfd = {.events = POLLIN};
+
+		/* None of these counts as one of the few tries. */
+		f->tries = 0;
+		f->next_try = 0;
+		km_link_poke(f, fd);
+		if (km_load_acquire(&f->mode) == KM_MODE_CHANNEL)
+			km_link_advance(f, fd);
+		if (f->link_state == KM_LINK_DONE ||
+		    km_load_acquire(&f->mode) == KM_MODE_PINNED)
+			return;
+		if (!wait)
+			break;
+		pfd.fd = f->link_fd;
+		km_sys_poll(&pfd, 1, &nap);
+	} while (km_now_ns() < end && km_file_of(fd) == f);
+	/* The first call that carries bytes goes on. */
+	f->next_try = f->calls;
 }
 
 /* link_lock held, link_state HELLO. */

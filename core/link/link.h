@@ -23,6 +23,11 @@ struct km_address {
  * never blocks, never fails visibly. */
 void km_link_poke(struct km_file *f, int fd);
 
+/* connect or accept has just made this connection: with KMAP_UPGRADE_AFTER=0, which is
+ * for tests, the upgrade is tried before any byte, and the call may wait for it a little.
+ */
+void km_link_made(int fd, bool wait);
+
 /* The acceptor that sent its hello: has the connector attached, or given up?
  * No direction lock may be held. */
 void km_link_advance(struct km_file *f, int fd);

@@ -9,6 +9,7 @@
 #include <sys/ioctl.h>
 
 #include "event/event.h"
+#include "link/link.h"
 
 static bool is_inet(int family)
 {
@@ -39,6 +40,16 @@ KM_EXPORT int socketpair(int domain, int type, int protocol, int fds[2])
 	return err;
 }
 
+/* On the loopback device a connection is there before connect says that it is on its
+ * way. */
+static void made(int fd, bool wait)
+{
+	int saved = errno;
+
+	km_link_made(fd, wait);
+	errno = saved;
+}
+
 KM_EXPORT int connect(int fd, const struct sockaddr *addr, socklen_t len)
 {
 	struct km_file *f = km_file_of(fd);
@@ -51,6 +62,8 @@ KM_EXPORT int connect(int fd, const struct sockaddr *addr, socklen_t len)
 	/* Connecting to nobody ends the connection and leaves a fresh socket. */
 	if (km_unlikely(err == 0 && f && addr->sa_family == AF_UNSPEC))
 		km_file_new(fd, KM_ROLE_UNKNOWN);
+	else if (f && (err == 0 || errno == EINPROGRESS))
+		made(fd, err == 0);
 	return err;
 }
 
@@ -76,10 +89,12 @@ static void accepted(int fd, const struct sockaddr *addr, const socklen_t *len,
 
 		km_sys_getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &family, &size);
 	}
-	if (is_inet(family))
+	if (is_inet(family)) {
 		km_file_new(fd, KM_ROLE_ACCEPTOR);
-	else
+		km_link_made(fd, true);
+	} else {
 		km_fd_forget(fd);
+	}
 }
 
 /* What the kernel may write of the address. */

@@ -111,7 +111,7 @@ def environment(case: Case, mode: str) -> dict[str, str]:
 
     env = launch.without_kmap(os.environ)
     if mode == "kmap":
-        options = {"KMAP_UPGRADE_AFTER": "0", **case.settings}
+        options = {"KMAP_UPGRADE_AFTER": "1", **case.settings}
         env = launch.environment(env, options=options)
     env[kit.MODE_ENV] = mode
     return env
