@@ -98,6 +98,9 @@ bool km_tx_has_news(const struct km_conn *conn);
 /* Sleeps until something may have changed.  0: look again; -EAGAIN: timed out;
  * -EINTR. */
 int km_wait_in(struct km_file *f, struct km_conn *conn, int fd, struct km_wait *w);
+/* The same for more than is there already, which a peek left where it was; -EAGAIN also
+ * when no more will come. */
+int km_wait_more(struct km_file *f, struct km_conn *conn, int fd, struct km_wait *w);
 int km_wait_out(struct km_file *f, struct km_conn *conn, int fd, struct km_wait *w);
 /* What an interrupted wait means for the call: 0 to go on. */
 int km_wait_interrupted(int err, const struct km_wait *w);

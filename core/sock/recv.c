@@ -198,6 +198,31 @@ KM_COLD static ssize_t recv_beyond(struct km_file *f, struct km_conn *conn, int 
 	return m > 0 ? n + m : n;
 }
 
+/* Peeking leaves the phase as it is: adds to the n bytes that were peeked at what lies
+ * beyond them, in the ring behind the kernel's last, or in the kernel behind the ring's.
+ * (Of a stream that is in the kernel, the ring and the kernel again, the third part is
+ * seen when the first has been read.) */
+KM_COLD static ssize_t peek_beyond(struct km_file *f, struct km_conn *conn, int fd,
+				   const struct iovec *iov, int iovcnt, int flags,
+				   ssize_t n)
+{
+	const struct km_wire_ring *wire = conn->rx.wire;
+	struct iovec rest[KM_IOV_MOST];
+	ssize_t m = 0;
+	int left;
+
+	km_recv_settle(conn, fd);
+	left = km_iov_advance(iov, iovcnt, (size_t)n, rest);
+	if (left && conn->rx_phase == KM_PHASE_DRAIN && (uint64_t)n == conn->rx_left &&
+	    km_ring_readable(&conn->rx) > 0)
+		m = recv_ring(f, conn, fd, rest, left, flags);
+	else if (left && conn->rx_phase == KM_PHASE_RING &&
+		 (km_load_sync(FLAGS_SEE, &wire->pflags) & KM_P_END) &&
+		 km_load_relaxed(&wire->end) == conn->rx.r + (uint64_t)n)
+		m = km_kernel_recv(fd, rest, left, flags);
+	return m > 0 ? n + m : n;
+}
+
 /* recv_once, and on through the phases while they have something. */
 static ssize_t recv_through(struct km_file *f, struct km_conn *conn, int fd,
 			    const struct iovec *iov, int iovcnt, int flags, size_t want)
@@ -205,8 +230,11 @@ static ssize_t recv_through(struct km_file *f, struct km_conn *conn, int fd,
 	enum km_phase before = (enum km_phase)conn->rx_phase;
 	ssize_t n = recv_once(f, conn, fd, iov, iovcnt, flags), last = 0;
 
-	while (km_unlikely(n > last && (size_t)n < want && !(flags & MSG_PEEK) &&
-			   moved_on(conn, before))) {
+	if (km_unlikely(flags & MSG_PEEK))
+		return n > 0 && (size_t)n < want
+			       ? peek_beyond(f, conn, fd, iov, iovcnt, flags, n)
+			       : n;
+	while (km_unlikely(n > last && (size_t)n < want && moved_on(conn, before))) {
 		before = (enum km_phase)conn->rx_phase;
 		last = n;
 		n = recv_beyond(f, conn, fd, iov, iovcnt, flags, n);
@@ -264,10 +292,21 @@ ssize_t km_recv(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 		if (km_unlikely(n == -EAGAIN))
 			km_tx_look(f, d.conn, km_kernel_fd(f, fd));
 		if (n != -EAGAIN || km_must_not_block(d.conn, flags)) {
-			enough = flags & MSG_PEEK      ? 1
-				 : flags & MSG_WAITALL ? want
-						       : (size_t)d.conn->lowat;
+			enough = flags & MSG_WAITALL ? want : (size_t)d.conn->lowat;
+			if (km_unlikely(flags & MSG_PEEK) && n > 0 &&
+			    (size_t)n < KM_MIN(enough, want) &&
+			    !km_must_not_block(d.conn, flags)) {
+				km_wait_hold(f, &w);
+				km_side_leave(&d);
+				err = km_wait_interrupted(
+					km_wait_more(f, d.conn, fd, &w), &w);
+				if (err < 0)
+					return km_wait_done(f, &w, n);
+				continue;
+			}
 			km_side_leave(&d);
+			if (flags & MSG_PEEK)
+				return km_wait_done(f, &w, n);
 			if (n > 0)
 				done += (size_t)n;
 			if (n <= 0 || done >= KM_MIN(enough, want))

@@ -139,6 +139,49 @@ int km_wait_in(struct km_file *f, struct km_conn *conn, int fd, struct km_wait *
 	return nap_on_bell(f, conn, fd, events, rx_has_news, left);
 }
 
+static bool rx_at_end(const struct km_conn *conn)
+{
+	return (km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) &
+		(KM_P_FIN | KM_P_CLOSED)) ||
+	       km_load_relaxed(&conn->kernel_bits) ||
+	       (km_load_relaxed(&conn->flags) & (KM_CONN_RD_SHUT | KM_CONN_RESET));
+}
+
+/* Is there more than there was when the ring was last looked at? */
+static bool rx_has_more(const struct km_conn *conn)
+{
+	return conn->rx_phase != KM_PHASE_RING ||
+	       km_load_sync(OBSERVE, &conn->rx.wire->wpos) != conn->rx.w ||
+	       (km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) & KM_P_END) ||
+	       rx_at_end(conn);
+}
+
+int km_wait_more(struct km_file *f, struct km_conn *conn, int fd, struct km_wait *w)
+{
+	struct timespec nap = {0, 1000000};
+	int64_t left = INT64_MAX;
+	int err;
+
+	set_deadline(w, conn, km_kernel_fd(f, fd), SO_RCVTIMEO);
+	if (w->deadline > 0)
+		left = w->deadline - km_now_ns();
+	if (left <= 0 || rx_at_end(conn))
+		return -EAGAIN;
+	if (!rx_has_more(conn))
+		return nap_on_bell(f, conn, fd, POLLRDHUP, rx_has_more, left);
+	if (conn->rx_phase == KM_PHASE_RING &&
+	    !(km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) & KM_P_END))
+		return 0;
+	/* What the kernel holds already makes every wait for more of it end at once. */
+	nap.tv_nsec = KM_MIN(left, nap.tv_nsec);
+	err = km_sys_poll(NULL, 0, &nap);
+	if (err == 0)
+		km_or_seq(&conn->kernel_bits,
+			  km_kernel_poll(km_kernel_fd(f, fd), POLLRDHUP) &
+				  KM_GONE_BITS);
+	return err;
+}
+
 int km_wait_out(struct km_file *f, struct km_conn *conn, int fd, struct km_wait *w)
 {
 	int64_t left = INT64_MAX;

@@ -7,6 +7,7 @@ import errno
 import select
 import signal
 import socket
+import struct
 
 from tests.conformance.kit import (
     MsgHdr,
@@ -87,6 +88,39 @@ def peek_far_into_the_stream() -> None:
         peeked = ends.b.recv(3500, PEEK | WAITALL)
         assert peeked == pattern(len(peeked), at - 3500)
         assert receive(ends.b, 3500) == pattern(3500, at - 3500)
+
+
+def peek_waits_for_all() -> None:
+    """Under MSG_WAITALL a peek waits as a read does, and ends early with the stream."""
+    ends = pair()
+    ends.a.sendall(b"abc")
+    task = Task(ends.b.recv, 9, PEEK | WAITALL).until_asleep()
+    ends.a.sendall(b"def")
+    task.until_asleep()
+    ends.a.sendall(b"ghijkl")
+    assert task.result() == b"abcdefghi"
+    assert ends.b.recv(12) == b"abcdefghijkl"
+    ends.a.sendall(b"mno")
+    task = Task(ends.b.recv, 9, PEEK | WAITALL).until_asleep()
+    ends.a.shutdown(socket.SHUT_WR)
+    assert task.result() == b"mno"
+    assert ends.b.recv(9, PEEK | WAITALL) == b"mno"
+
+
+def peek_waits_for_the_least() -> None:
+    """SO_RCVLOWAT holds for a peek, and so does a time limit."""
+    ends = pair()
+    ends.b.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 5)
+    ends.a.sendall(b"abc")
+    task = Task(ends.b.recv, 9, PEEK).until_asleep()
+    ends.a.sendall(b"de")
+    assert task.result() == b"abcde"
+    assert ends.b.recv(5) == b"abcde"
+    ends.a.sendall(b"fgh")
+    assert ends.b.recv(9, PEEK | DONTWAIT) == b"fgh"
+    limit = struct.pack("@ll", 0, 50_000)
+    ends.b.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    assert ends.b.recv(9, PEEK) == b"fgh"
 
 
 def waitall_waits_for_all() -> None:

@@ -296,6 +296,37 @@ def peek_before_the_upgrade() -> None:
     assert_on_ring(ends.b)
 
 
+def _until_peeked(sock: socket.socket, data: bytes) -> None:
+    until(
+        lambda: sock.recv(len(data) + 1, socket.MSG_PEEK) == data,
+        f"all {len(data)} bytes at once",
+    )
+
+
+def peek_across_the_cut() -> None:
+    """One peek whose first bytes came by the kernel and whose last came by ring."""
+    ends = _unlike()
+    for start in range(0, 3000, 100):
+        ends.a.sendall(pattern(100, start))
+        ends.b.sendall(b"y")
+        assert receive(ends.a, 1) == b"y"
+        _until_peeked(ends.b, pattern(start + 100))
+    assert receive(ends.b, 3000) == pattern(3000)
+    ping_pong(ends.a, ends.b)
+    assert_on_ring(ends.b)
+
+
+def peek_across_the_end() -> None:
+    """One peek whose first bytes came by ring and whose last came by the kernel."""
+    ends = pair()
+    ends.a.sendall(b"ring,")
+    ends.b.shutdown(socket.SHUT_WR)
+    assert ends.a.recv(1) == b""
+    ends.a.sendall(b"kernel")
+    _until_peeked(ends.b, b"ring,kernel")
+    assert receive(ends.b, 11) == b"ring,kernel"
+
+
 def waitall_across_the_cut() -> None:
     """One recv whose first bytes came by the kernel and whose last come by ring."""
     ends = _unlike()
