@@ -16,9 +16,10 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from rich.console import Console
 from rich.table import Table
@@ -70,9 +71,16 @@ def _say(text: str) -> None:
 
 
 def _one(
-    python: str, suite: str, mode: Mode, place: Path, left_out: Sequence[str]
+    python: str,
+    suite: str,
+    mode: Mode,
+    place: Path,
+    left_out: Sequence[str],
+    settings: Mapping[str, str],
 ) -> Run:
-    done = run.run_suite(python, suite, mode, place, left_out=left_out)
+    done = run.run_suite(
+        python, suite, mode, place, left_out=left_out, settings=settings
+    )
     bad = sum(end.outcome not in judge.GOOD for end in done.tests.values())
     _say(
         f"{mode.value:6} {suite}: {len(done.tests)} tests, {bad} not good, "
@@ -106,7 +114,7 @@ def compare(
     repeat: int = 1,
     jobs: int = 1,
     keep: Path | None = None,
-    check_exclusions: bool = True,
+    settings: Mapping[str, str] = MappingProxyType({}),
 ) -> Result:
     """Runs the suites in both modes and judges them."""
     python = run.find_python()
@@ -123,16 +131,17 @@ def compare(
                         place.mkdir(parents=True)
                         patterns = [entry.test for entry in excluded]
                         futures.append(
-                            pool.submit(_one, python, suite, mode, place, patterns)
+                            pool.submit(
+                                _one, python, suite, mode, place, patterns, settings
+                            )
                         )
             for future in futures:
                 done = future.result()
                 runs[done.suite].append(done)
         passing: list[str] = []
-        if check_exclusions:
-            for suite, its_runs in runs.items():
-                again = _again(excluded, its_runs)
-                passing += _passing(python, suite, again, base / f"{suite}-excluded")
+        for suite, its_runs in runs.items():
+            again = _again(excluded, its_runs)
+            passing += _passing(python, suite, again, base / f"{suite}-excluded")
     finally:
         if keep is None:
             shutil.rmtree(base, ignore_errors=True)
@@ -263,6 +272,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.startswith("KMAP_"):
+        raise argparse.ArgumentTypeError("it has the form KMAP_NAME=VALUE")
+    return name, value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what is asked for; the value is the exit code."""
     parser = argparse.ArgumentParser(
@@ -283,6 +299,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--keep", type=Path, metavar="DIR", help="keep what the runs said, in DIR"
     )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=_setting,
+        metavar="NAME=VALUE",
+        help="a setting of the library, such as KMAP_RING_SIZE=4096",
+    )
     parser.add_argument("--list", action="store_true", help="names of all suites")
     args = parser.parse_args(argv)
     if args.list:
@@ -292,10 +316,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"no suite {unknown[0]}; --list names them")
     suites = [name for name in SUITES if not args.suites or name in args.suites]
-    if args.docs and suites != list(SUITES):
-        parser.error("--docs is for all suites")
+    if args.docs and (suites != list(SUITES) or args.set):
+        parser.error("--docs is for all suites, with no other settings")
     try:
-        result = compare(suites, repeat=args.repeat, jobs=args.jobs, keep=args.keep)
+        result = compare(
+            suites,
+            repeat=args.repeat,
+            jobs=args.jobs,
+            keep=args.keep,
+            settings=dict(args.set),
+        )
         if args.docs:
             _write_docs(result)
     except CannotRun as error:

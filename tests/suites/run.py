@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 from kmap import launch, native, procfs
@@ -56,6 +57,8 @@ SUITES = (
     "test_logging",
 )
 
+# Under Kmap: rings from the first byte on.
+SETTINGS = {"KMAP_UPGRADE_AFTER": "0"}
 # One test may take this long, and one suite; both are many times what they take.
 TEST_LIMIT_S = 180.0
 SUITE_LIMIT_S = 3600.0
@@ -127,7 +130,9 @@ def version(python: str) -> str:
     return done.stdout.strip()
 
 
-def environment(mode: Mode, directory: Path) -> dict[str, str]:
+def environment(
+    mode: Mode, directory: Path, settings: Mapping[str, str]
+) -> dict[str, str]:
     """The environment of a run."""
     env = launch.without_kmap(os.environ)
     for name in list(env):
@@ -135,7 +140,7 @@ def environment(mode: Mode, directory: Path) -> dict[str, str]:
             del env[name]
     env.update(TMPDIR=str(directory), LC_ALL="C.UTF-8")
     if mode is Mode.KMAP:
-        env = launch.environment(env, options={"KMAP_UPGRADE_AFTER": "0"})
+        env = launch.environment(env, options={**SETTINGS, **settings})
     return env
 
 
@@ -148,11 +153,15 @@ def run_suite(
     left_out: Sequence[str] = (),
     only: Sequence[str] = (),
     test_limit: float = TEST_LIMIT_S,
+    settings: Mapping[str, str] = MappingProxyType({}),
 ) -> Run:
-    """Runs the suite in directory, which must be empty and stays behind."""
+    """Runs the suite in directory, which must be empty and stays behind.
+
+    settings are added to SETTINGS.
+    """
     run = Run(suite, mode)
     began = time.monotonic()
-    env = environment(mode, directory)
+    env = environment(mode, directory, settings)
     patterns = directory / "left-out"
     done = False
     with Collector() as collector:

@@ -6,10 +6,12 @@ All of them take half an hour; these are short, and use the rings most.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
+from kmap import procfs
 from kmap.results import CannotRun
 from tests.suites import __main__ as suites
 from tests.suites import judge, run
@@ -39,9 +41,12 @@ class T(unittest.TestCase):
     def test_h_subtest(self):
         with self.subTest(1): self.fail("in a subtest")
     def test_i_leaves_a_child(self):
-        if os.fork() == 0:
+        child = os.fork()
+        if child == 0:
             os.setsid()
             time.sleep(600)
+        with open("child", "w") as file:
+            file.write(str(child))
 """
 
 
@@ -106,6 +111,11 @@ def test_driver_sees_every_way_to_end(python: str, tmp_path: Path) -> None:
     assert "SIGABRT" in ends["test_e_died"].detail
     assert "test_f_hang" in ends["test_f_hang"].detail
     assert ends["test_b_fail"].detail == "AssertionError: as it should"
+    (child,) = (int(path.read_text()) for path in tmp_path.glob("work/*/child"))
+    deadline = time.monotonic() + 10
+    while procfs.exists(child):
+        assert time.monotonic() < deadline, "a child stayed behind"
+        time.sleep(0.01)
     assert bad.left_out == {"test.test_bad.T.test_g_left_out"}
 
 
