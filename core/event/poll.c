@@ -77,6 +77,8 @@ uint32_t km_file_level(struct km_file *f, uint32_t wanted)
 		bits |= POLLIN | POLLRDNORM;
 	if (km_load_relaxed(&conn->flags) & KM_CONN_RESET)
 		bits |= POLLERR | POLLHUP;
+	if (km_unlikely(km_load_relaxed(&conn->error)))
+		bits |= POLLIN | POLLRDNORM | POLLERR;
 	if (tx == KM_PHASE_DRAIN) {
 		/* Not before all that came earlier has gone. */
 	} else if (tx != KM_PHASE_RING || km_load_relaxed(&conn->kernel_bits)) {

@@ -64,6 +64,9 @@ struct km_conn {
 	km_a32 flags;
 	/* poll bits of the kernel socket that stay once seen: EOF, error, hang-up */
 	km_a32 kernel_bits;
+	/* The socket's error, negative, that was taken from the kernel by a call which
+	 * had bytes to tell of; the next one tells it. */
+	km_a32 error;
 	uint32_t rx_phase, tx_phase; /* enum km_phase, under the direction lock */
 	uint64_t rx_left;
 	uint64_t rx_end;    /* 1 + position where this end stopped reading, 0: not */

@@ -193,7 +193,17 @@ KM_EXPORT int setsockopt(int fd, int level, int name, const void *value, socklen
 KM_EXPORT int getsockopt(int fd, int level, int name, void *restrict value,
 			 socklen_t *restrict len)
 {
-	return KM_REAL(getsockopt)(fd, level, name, value, len);
+	int err = KM_REAL(getsockopt)(fd, level, name, value, len), error = 0;
+	struct km_file *f;
+
+	if (km_likely(err < 0 || level != SOL_SOCKET || name != SO_ERROR))
+		return err;
+	f = km_file_of(fd);
+	if (f)
+		error = km_stream_error(f);
+	if (km_unlikely(error))
+		km_copy_out(value, &error, KM_MIN(*len, sizeof(error)));
+	return err;
 }
 
 KM_EXPORT int getsockname(int fd, struct sockaddr *restrict addr,

@@ -81,6 +81,18 @@ int km_tx_resend_all(struct km_conn *conn, int fd);
 /* Does what is to be done if the consumer has left; no tx_lock held. */
 void km_tx_look(struct km_file *f, struct km_conn *conn, int fd);
 
+/* -- stream.c: errors behind bytes -------------------------------------------------- */
+
+/* What a call got from the kernel after it already had bytes. */
+void km_error_keep(struct km_conn *conn, ssize_t err);
+/* The error kept, once; 0 when there is none. */
+KM_INLINE ssize_t km_error_take(struct km_conn *conn)
+{
+	if (km_likely(km_load_relaxed(&conn->error) == 0))
+		return 0;
+	return (int32_t)km_swap_seq(&conn->error, 0);
+}
+
 /* -- recv.c --------------------------------------------------------------------------- */
 
 /* Takes notice of a cut-over by the peer. */

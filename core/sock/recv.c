@@ -127,6 +127,9 @@ static ssize_t recv_once(struct km_file *f, struct km_conn *conn, int fd,
 	struct iovec part[64];
 	ssize_t n;
 
+	n = km_error_take(conn);
+	if (km_unlikely(n < 0))
+		return n;
 	for (;;) {
 		if (km_unlikely(km_load_relaxed(&conn->flags) & KM_CONN_RESET))
 			return -ECONNRESET;
@@ -142,8 +145,10 @@ static ssize_t recv_once(struct km_file *f, struct km_conn *conn, int fd,
 			n = km_kernel_recv(fd, iov, iovcnt, flags);
 			/* A cut that came in between explains an empty socket. */
 			if (n <= 0 && (km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) &
-				       KM_P_CUT))
+				       KM_P_CUT)) {
+				km_error_keep(conn, n);
 				continue;
+			}
 			return n;
 		case KM_PHASE_DRAIN:
 			iovcnt = (int)limit_iov(iov, iovcnt, conn->rx_left, part,
@@ -195,6 +200,7 @@ KM_COLD static ssize_t recv_beyond(struct km_file *f, struct km_conn *conn, int 
 	int left = km_iov_advance(iov, iovcnt, (size_t)n, rest);
 	ssize_t m = left ? recv_once(f, conn, fd, rest, left, flags) : 0;
 
+	km_error_keep(conn, m);
 	return m > 0 ? n + m : n;
 }
 
@@ -220,6 +226,7 @@ KM_COLD static ssize_t peek_beyond(struct km_file *f, struct km_conn *conn, int 
 		 (km_load_sync(FLAGS_SEE, &wire->pflags) & KM_P_END) &&
 		 km_load_relaxed(&wire->end) == conn->rx.r + (uint64_t)n)
 		m = km_kernel_recv(fd, rest, left, flags);
+	km_error_keep(conn, m);
 	return m > 0 ? n + m : n;
 }
 
@@ -289,6 +296,8 @@ ssize_t km_recv(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 			km_stream_reset(d.conn);
 			n = -ECONNRESET;
 		}
+		if (km_unlikely(n < 0) && done)
+			km_error_keep(d.conn, n);
 		if (km_unlikely(n == -EAGAIN))
 			km_tx_look(f, d.conn, km_kernel_fd(f, fd));
 		if (n != -EAGAIN || km_must_not_block(d.conn, flags)) {

@@ -111,8 +111,10 @@ static bool may_cut(struct km_file *f, struct km_conn *conn)
 static ssize_t send_once(struct km_file *f, struct km_conn *conn, int fd,
 			 const struct iovec *iov, int iovcnt, int flags)
 {
-	ssize_t n;
+	ssize_t n = km_error_take(conn);
 
+	if (km_unlikely(n < 0))
+		return n;
 	for (;;) {
 		if (km_unlikely(km_load_relaxed(&conn->flags) & KM_CONN_RESET))
 			return -ECONNRESET;
@@ -162,13 +164,17 @@ ssize_t km_send(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 			km_side_leave(&d);
 			return 0;
 		}
-		n = send_once(f, d.conn, km_kernel_fd(f, fd), iov, iovcnt, flags);
+		/* With bytes to tell of there is no signal yet. */
+		n = send_once(f, d.conn, km_kernel_fd(f, fd), iov, iovcnt,
+			      done ? flags | MSG_NOSIGNAL : flags);
 		if (n == -EPROTO) {
 			km_stream_reset(d.conn);
 			n = -ECONNRESET;
 		}
 		if (n >= 0)
 			done += (size_t)n;
+		else if (done)
+			km_error_keep(d.conn, n);
 		if (n > 0 && done < want) {
 			/* Goes on even when it must not block: only an attempt that
 			 * finds the ring full asks to be told of space. */

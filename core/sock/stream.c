@@ -90,6 +90,27 @@ void km_stream_reset(struct km_conn *conn)
 	       conn->row.fd);
 }
 
+void km_error_keep(struct km_conn *conn, ssize_t err)
+{
+	switch (err) {
+	case -EAGAIN:
+	case -EINTR:
+	case -EFAULT:
+	case -EPROTO:
+	case -EPIPE: /* no error of the socket: it is said to every write */
+	case KM_RETRY:
+		return;
+	default:
+		if (err < 0)
+			km_store_seq(&conn->error, (uint32_t)err);
+	}
+}
+
+int km_stream_error(struct km_file *f)
+{
+	return f->conn ? (int)-km_error_take(f->conn) : 0;
+}
+
 int km_stream_inq(struct km_file *f, int fd, int *bytes)
 {
 	struct km_side d;

@@ -50,6 +50,8 @@ ssize_t km_splice_in(struct km_file *f, int fd, int pipe, size_t count, unsigned
  * byte is in the kernel or in the ring, so that readiness can be told. */
 void km_stream_settle(struct km_file *f, int fd);
 
+/* SO_ERROR, as far as it is not the kernel's to tell; 0 or an errno value. */
+int km_stream_error(struct km_file *f);
 /* FIONREAD and SIOCOUTQ. */
 int km_stream_inq(struct km_file *f, int fd, int *bytes);
 int km_stream_outq(struct km_file *f, int fd, int *bytes);

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
+import random
 import select
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +31,7 @@ from tests.conformance.kit import (
     assert_on_ring,
     connected,
     each,
+    expect,
     far_pair,
     far_upgrade,
     forked,
@@ -44,6 +48,7 @@ from tests.conformance.kit import (
     receive_pattern,
     send_until_full,
     until,
+    upgrade,
 )
 
 # Sends back what it reads, and then says that the stream has ended.
@@ -372,7 +377,7 @@ def peer_that_must_not_block(way: _Way) -> None:
         _finish(ends.a)
 
 
-@each(_popen, _popen_stdin, _fork_exec, _spawn, _spawn_stdin)
+@each(_popen, _popen_stdin, _fork_exec, _spawn, _spawn_stdin, _rights)
 def peer_has_ended_its_stream(way: _Way) -> None:
     """What it wrote before is all that will ever come, and it has to arrive."""
     _ready_for(way)
@@ -543,6 +548,19 @@ def option_that_needs_the_kernel() -> None:
     assert ends.b.recv(1) == b""
 
 
+def error_behind_the_last_bytes() -> None:
+    """The call that finds both tells of the bytes, and the next one of the error."""
+    ends = pair()
+    ends.b.sendall(b"last")
+    ends.b.setsockopt(socket.SOL_SOCKET, 60, 1)  # SO_ZEROCOPY: back to the kernel
+    ends.b.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    ends.b.close()
+    assert poll_one(ends.a, select.POLLHUP)
+    assert ends.a.recv(100) == b"last"
+    expect(errno.ECONNRESET, ends.a.recv, 100)
+    assert ends.a.recv(100) == b""
+
+
 def closed_before_it_was_sent_again() -> None:
     """The peer closes at once: its close sees to the bytes."""
     mine, other = socket.socketpair()
@@ -619,6 +637,56 @@ def passed_and_kept() -> None:
     peer.finish()
 
 
+def _echo_for_ever(far: Far) -> None:
+    while True:
+        _take(far)
+        while data := far.sock.recv(65536):
+            far.sock.sendall(data)
+        far.sock.close()
+
+
+@each(1, 300, 40000)
+def passed_in_full_flight(most: int) -> None:
+    """The giver echoes, then gives the connection away with bytes under way."""
+    _ready_for(_rights)
+    peer, channel = _RIGHTS["peer"]
+    peer.start(_echo_for_ever)
+    source = random.Random(most)
+    with listener() as listening:
+        for _ in range(40):
+            ends = upgrade(connected(listening))
+            total = 60 * most + source.randrange(1 + min(most * 3000, 200000))
+            task = Task(_send_in_pieces, ends.a, total, most)
+            echoed = source.randrange(total)
+            giver = Task(_give_after, ends.b, channel, echoed)
+            receive_pattern(ends.a, total)
+            task.result()
+            giver.result()
+            ends.a.shutdown(socket.SHUT_WR)
+            assert ends.a.recv(1) == b""
+            ends.a.close()
+    peer.kill()
+
+
+def _send_in_pieces(sock: socket.socket, total: int, most: int) -> None:
+    source = random.Random(total)
+    done = 0
+    while done < total:
+        n = min(source.randrange(most) + 1, total - done)
+        sock.sendall(pattern(n, done))
+        done += n
+
+
+def _give_after(sock: socket.socket, channel: socket.socket, echoed: int) -> None:
+    while echoed > 0:
+        data = sock.recv(min(echoed, 5000))
+        sock.sendall(data)
+        echoed -= len(data)
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [sock.fileno()]))]
+    assert channel.sendmsg([b"d"], rights) == 1
+    sock.close()
+
+
 def passed_by_a_stranger() -> None:
     """Nobody knows whether a sender without the library keeps what it sends."""
     mine, other = socket.socketpair()
@@ -653,7 +721,6 @@ def passed_by_a_stranger() -> None:
 def queue_lengths_afterwards() -> None:
     """SIOCOUTQ and FIONREAD count each byte once."""
     import fcntl
-    import struct
     import termios
 
     ends = pair()
