@@ -70,7 +70,7 @@ cat <<END | while read -r line; do echo "<$line>"; done
 $((6 * 7)) here
 document
 END
-tr a-z A-Z <<<"here string" > >(sed 's/^/> /'); wait $!
+sed 's/^/> /' < <(tr a-z A-Z <<<"here string")
 sleep 100 & kill %1; wait %1; echo "job $?"
 (trap 'echo trapped; exit 3' TERM; kill -TERM $BASHPID; sleep 100) & wait $!; echo $?
 coproc (read -r x; echo "coproc $x")
