@@ -374,8 +374,8 @@ int km_poll(struct pollfd *fds, nfds_t n, int64_t timeout_ns, const sigset_t *ma
 		c.fds = c.asked + n + 1;
 		c.file = (struct km_file **)(void *)(c.fds + n);
 	}
-	result = km_copy_in(c.fds, fds, n * sizeof(*fds));
-	while (result == 0) {
+	memcpy(c.fds, fds, n * sizeof(*fds));
+	for (;;) {
 		mark_plain(&c, 1);
 		if (!any_channel(&c)) {
 			memcpy(c.asked, c.fds, n * sizeof(*fds));

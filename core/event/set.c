@@ -539,12 +539,21 @@ static bool scan_found(struct km_reg *reg)
 	       !(km_load_seq(&conn->tx.wire->prod_wait) & KM_WAIT_EVENT);
 }
 
+static int put_event(struct epoll_event *ev, uint32_t events, const epoll_data_t *data)
+{
+	int err = km_copy_out((char *)ev + offsetof(struct epoll_event, events),
+			      &events, sizeof(events));
+
+	return err == 0 ? km_copy_out((char *)ev + offsetof(struct epoll_event, data),
+				      data, sizeof(*data))
+			: err;
+}
+
 /* Moves what is ready to evs, set's lock held.  -EFAULT when the first one could not
  * be written; what was not reported stays ready. */
 static int collect(struct km_set *set, struct epoll_event *evs, int max)
 {
 	struct km_reg *stop = NULL, *reg;
-	struct epoll_event ev;
 	int n = 0;
 
 	if (km_unlikely(set->scan))
@@ -565,9 +574,7 @@ static int collect(struct km_set *set, struct epoll_event *evs, int max)
 		reg->want_space = (events & EPOLLOUT) && !(found & EPOLLOUT);
 		if (!found)
 			continue;
-		ev.events = found;
-		ev.data = reg->data;
-		if (km_unlikely(km_copy_out(&evs[n], &ev, sizeof(ev)) < 0)) {
+		if (km_unlikely(put_event(&evs[n], found, &reg->data) < 0)) {
 			reg->fresh = fresh;
 			ready_push(reg);
 			return n ? n : -EFAULT;

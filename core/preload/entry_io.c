@@ -194,43 +194,36 @@ KM_EXPORT ssize_t __recvfrom_chk(int fd, void *restrict buf, size_t n_, size_t r
 	return recvfrom(fd, buf, n_, flags, addr, len);
 }
 
-/* The parts of a message that the kernel writes.  It has no name for TCP. */
-static int message_out(struct msghdr *msg, const struct msghdr *now)
+/* What the kernel tells of a message, where TCP has no name and no control data. */
+static int message_out(struct msghdr *msg, int flags)
 {
-	int err = 0;
+	/* Stores of the width that whoever reads them next uses: others would have to
+	 * reach the cache first. */
+	const socklen_t no_name = 0;
+	const size_t no_control = 0;
 
-	if (now->msg_name)
-		err = km_copy_out(&msg->msg_namelen, &now->msg_namelen,
-				  sizeof(now->msg_namelen));
-	if (err == 0)
-		err = km_copy_out(&msg->msg_controllen, &now->msg_controllen,
-				  offsetof(struct msghdr, msg_flags) +
-					  sizeof(now->msg_flags) -
-					  offsetof(struct msghdr, msg_controllen));
-	return err;
+	if ((msg->msg_name &&
+	     km_copy_out(&msg->msg_namelen, &no_name, sizeof(no_name)) < 0) ||
+	    km_copy_out(&msg->msg_flags, &flags, sizeof(flags)) < 0 ||
+	    km_copy_out(&msg->msg_controllen, &no_control, sizeof(no_control)) < 0)
+		return -EFAULT;
+	return 0;
 }
 
 static ssize_t receive_message(struct km_file *f, int fd, struct msghdr *msg, int flags)
 {
-	struct msghdr m;
 	ssize_t n;
 
-	if (km_copy_in(&m, msg, sizeof(m)) < 0)
+	if (!km_readable(msg, sizeof(*msg)))
 		return -EFAULT;
-	if (km_unlikely(m.msg_iovlen > IOV_MAX ||
-			iov_is_invalid(m.msg_iov, (int)m.msg_iovlen)))
+	if (km_unlikely(msg->msg_iovlen > IOV_MAX ||
+			iov_is_invalid(msg->msg_iov, (int)msg->msg_iovlen)))
 		return km_sys_recvmsg(fd, msg, flags);
 	if (flags & MSG_ERRQUEUE)
 		return km_sys_recvmsg(fd, msg, flags);
-	n = RECV(fd, m.msg_iov, (int)m.msg_iovlen, flags);
-	if (n >= 0) {
-		m.msg_namelen = 0;
-		m.msg_controllen = 0;
-		/* What the kernel says for TCP. */
-		m.msg_flags = flags & MSG_CMSG_CLOEXEC;
-		if (message_out(msg, &m) < 0)
-			return -EFAULT;
-	}
+	n = RECV(fd, msg->msg_iov, (int)msg->msg_iovlen, flags);
+	if (n >= 0 && message_out(msg, flags & MSG_CMSG_CLOEXEC) < 0)
+		return -EFAULT;
 	return n;
 }
 
@@ -323,25 +316,24 @@ static ssize_t send_plain(int fd, const struct msghdr *msg, int flags)
 static ssize_t send_message(struct km_file *f, int fd, const struct msghdr *msg,
 			    int flags)
 {
-	struct msghdr m;
 	ssize_t err;
 
-	if (km_copy_in(&m, msg, sizeof(m)) < 0)
+	if (!km_readable(msg, sizeof(*msg)))
 		return -EFAULT;
-	if (km_unlikely(m.msg_iovlen > IOV_MAX ||
-			iov_is_invalid(m.msg_iov, (int)m.msg_iovlen)))
+	if (km_unlikely(msg->msg_iovlen > IOV_MAX ||
+			iov_is_invalid(msg->msg_iov, (int)msg->msg_iovlen)))
 		return km_sys_sendmsg(fd, msg, flags);
-	if (km_unlikely(m.msg_controllen)) {
+	if (km_unlikely(msg->msg_controllen)) {
 		/* The kernel judges control data; none that it takes changes what a
 		 * ring does. */
-		struct msghdr control = m;
+		struct msghdr control = *msg;
 
 		control.msg_iovlen = 0;
 		err = km_sys_sendmsg(fd, &control, flags | MSG_DONTWAIT);
 		if (err < 0)
 			return err;
 	}
-	return SEND(fd, m.msg_iov, (int)m.msg_iovlen, flags);
+	return SEND(fd, msg->msg_iov, (int)msg->msg_iovlen, flags);
 }
 
 KM_EXPORT ssize_t sendmsg(int fd, const struct msghdr *msg, int flags)
