@@ -8,12 +8,12 @@
 
 extern const char km_user_begin[], km_user_end[], km_user_fault[];
 
-/* Addresses from here on are never the program's: the kernel's half, and on x86-64
- * also what lies between the halves. */
+/* A program has nothing from here on that it did not ask for specially: it is the
+ * kernel's half, or what lies between the halves. */
 #if defined(__x86_64__)
 #define BEYOND_USER 47
 #elif defined(__aarch64__)
-#define BEYOND_USER 55
+#define BEYOND_USER 48
 #endif
 
 /* The address reported may be anywhere in the page, or huge page, that is missing; the
@@ -77,7 +77,8 @@ static bool in_range(uintptr_t at, uintptr_t start, size_t n)
 static bool beyond_user(uintptr_t start, size_t n)
 {
 #if defined(__aarch64__)
-	if (!(start >> BEYOND_USER & 1))
+	/* The top byte is a tag, where it is not the kernel's. */
+	if (!(start >> 55 & 1))
 		start &= UINTPTR_MAX >> 8;
 #endif
 	return start >> BEYOND_USER || (start + n) >> BEYOND_USER;
@@ -97,7 +98,7 @@ static bool recover(const siginfo_t *info, ucontext_t *context)
 
 	if (pc < (uintptr_t)km_user_begin || pc >= (uintptr_t)km_user_end)
 		return false;
-	/* Of an address between the halves x86-64 does not say which it was. */
+	/* Of an address between the halves it is not said which it was. */
 	if (!in_range((uintptr_t)info->si_addr, start, n) && !beyond_user(start, n))
 		return false;
 #if defined(__x86_64__)
