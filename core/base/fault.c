@@ -20,7 +20,32 @@ extern const char km_user_begin[], km_user_end[], km_user_fault[];
  * ring, the other end of a copy, is never as near as this to the program's memory. */
 #define PAGE_MOST 4095u
 
-static bool armed;
+bool km_fault_armed;
+
+/*
+ * A mask that the kernel reads before it finds that it is asked to do nothing with it.
+ * A page that was there the last time is not asked for again: this is for poll and the
+ * like, on sockets that the kernel serves, and an answer that is a little old costs
+ * what there is to lose without any.
+ */
+bool km_readable_by_kernel(const void *user, size_t n)
+{
+	uintptr_t at = (uintptr_t)user, end = at + n;
+
+	if (n == 0)
+		return true;
+	if (at <= PAGE_MOST || km_kernel_pointer(user, n))
+		return false;
+	for (at &= ~(uintptr_t)PAGE_MOST; at < end; at += PAGE_MOST + 1) {
+		if (at == km_thread.seen_page)
+			continue;
+		if (KM_SYS(rt_sigprocmask, -1, at, NULL, KM_SIGSET_SIZE, 0, 0) ==
+		    -EFAULT)
+			return false;
+		km_thread.seen_page = at;
+	}
+	return true;
+}
 
 /* -- the program's actions --------------------------------------------------------- */
 
@@ -119,7 +144,11 @@ static void die(int sig, siginfo_t *info)
 	struct km_action plain = {.handler = (void *)SIG_DFL};
 
 	kernel_action(sig, &plain, NULL);
-	KM_SYS(rt_tgsigqueueinfo, km_sys_getpid(), km_sys_gettid(), sig, info, 0, 0);
+	/* Where that is forbidden, a fault repeats itself. */
+	if (KM_SYS(rt_tgsigqueueinfo, km_sys_getpid(), km_sys_gettid(), sig, info, 0,
+		   0) < 0 &&
+	    info->si_code <= 0)
+		KM_SYS(tgkill, km_sys_getpid(), km_sys_gettid(), sig, 0, 0, 0);
 }
 
 static void pass_on(int sig, siginfo_t *info, void *context)
@@ -173,6 +202,10 @@ static void wrap(int sig)
 		ours = now;
 		ours.handler = (void *)on_fault;
 		ours.flags = (now.flags & ~(unsigned long)SA_RESETHAND) | SA_SIGINFO;
+		/* Nobody else's handler runs: any stack will do, and none needs to be
+		 * interrupted. */
+		if (now.handler == (void *)SIG_DFL)
+			ours.flags = SA_SIGINFO | SA_ONSTACK;
 #if defined(__x86_64__)
 		if (!(ours.flags & KERNEL_RESTORER)) {
 			ours.flags |= KERNEL_RESTORER;
@@ -190,7 +223,7 @@ static void wrap(int sig)
 
 void km_fault_arm(void)
 {
-	if (__atomic_exchange_n(&armed, true, __ATOMIC_SEQ_CST))
+	if (__atomic_exchange_n(&km_fault_armed, true, __ATOMIC_SEQ_CST))
 		return;
 #if defined(__x86_64__)
 	__builtin_cpu_init();
@@ -203,7 +236,7 @@ void km_fault_arm(void)
 void km_fault_changed(int sig)
 {
 	/* A vfork child's actions are its own, but this memory is its parent's. */
-	if (index_of(sig) >= 0 && __atomic_load_n(&armed, __ATOMIC_ACQUIRE) &&
+	if (index_of(sig) >= 0 && __atomic_load_n(&km_fault_armed, __ATOMIC_ACQUIRE) &&
 	    !km_thread.bypass)
 		wrap(sig);
 }
@@ -212,7 +245,7 @@ bool km_fault_recall(int sig, struct km_action *out)
 {
 	int i = index_of(sig);
 
-	if (i < 0 || !__atomic_load_n(&armed, __ATOMIC_ACQUIRE))
+	if (i < 0 || !__atomic_load_n(&km_fault_armed, __ATOMIC_ACQUIRE))
 		return false;
 	recall(i, out);
 	return true;

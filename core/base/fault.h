@@ -8,8 +8,9 @@
  * passed on.  There is nothing to set up or to take down around a copy, so that
  * signal handlers, longjmp and threads need no care.
  *
- * The handlers are installed with the first upgrade of the process; before that, and
- * in libkmap.so always, a bad pointer is a signal.
+ * The handlers are installed with the first upgrade of the process.  Before that, and
+ * in libkmap.so always, a bad pointer in a copy is a signal; what has to be looked at
+ * before that is asked of the kernel first (km_user_readable).
  */
 #ifndef KM_FAULT_H
 #define KM_FAULT_H
@@ -50,6 +51,30 @@ KM_INLINE int km_copy_out(void *user, const void *src, size_t n)
 KM_INLINE bool km_readable(const void *user, size_t n)
 {
 	return km_likely(km_user_probe(user, n) == 0);
+}
+
+/* Pointers into the kernel's half: it answers EFAULT to them before it looks at
+ * anything else.  All others are found out when they are used. */
+KM_INLINE bool km_kernel_pointer(const void *p, size_t n)
+{
+	return km_unlikely((intptr_t)((uintptr_t)p | ((uintptr_t)p + n)) < 0);
+}
+
+/* The same for arguments of calls that may not be about an upgraded connection at
+ * all, before and after the handlers are installed. */
+extern bool km_fault_armed;
+bool km_readable_by_kernel(const void *user, size_t n);
+
+KM_INLINE bool km_user_readable(const void *user, size_t n)
+{
+	return km_likely(__atomic_load_n(&km_fault_armed, __ATOMIC_RELAXED))
+		       ? km_readable(user, n)
+		       : km_readable_by_kernel(user, n);
+}
+
+KM_INLINE bool km_user_get(void *to, const void *user, size_t n)
+{
+	return km_user_readable(user, n) && km_copy_in(to, user, n) == 0;
 }
 
 /* The kernel's own form of struct sigaction. */

@@ -127,6 +127,7 @@ struct km_thread {
 	int epfd;	/* hidden epoll set for poll, select and long blocking waits */
 	uint32_t bells; /* how many bells epfd listens to */
 	void *bell[16];
+	uintptr_t seen_page; /* the program's; see km_readable_by_kernel */
 };
 
 extern __thread struct km_thread km_thread;

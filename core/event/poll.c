@@ -261,10 +261,17 @@ static int poll_answers(struct poll_call *c)
 	return ready;
 }
 
+static int ask_kernel(struct pollfd *fds, nfds_t n, int64_t left, const sigset_t *mask)
+{
+	struct timespec ts = {left / 1000000000, left % 1000000000};
+
+	return (int)KM_SYS(ppoll, fds, n, left == INT64_MAX ? NULL : &ts, mask,
+			   KM_SIGSET_SIZE, 0);
+}
+
 static int poll_kernel(struct poll_call *c, bool bells, int64_t left,
 		       const sigset_t *mask)
 {
-	struct timespec ts = {left / 1000000000, left % 1000000000};
 	nfds_t n = c->n;
 	int err;
 
@@ -274,8 +281,7 @@ static int poll_kernel(struct poll_call *c, bool bells, int64_t left,
 		c->asked[n].revents = 0;
 		n++;
 	}
-	err = (int)KM_SYS(ppoll, c->asked, n, left == INT64_MAX ? NULL : &ts, mask,
-			  KM_SIGSET_SIZE, 0);
+	err = ask_kernel(c->asked, n, left, mask);
 	if (bells && err > 0 && c->asked[c->n].revents)
 		km_thread_listened();
 	return err;
@@ -378,12 +384,8 @@ int km_poll(struct pollfd *fds, nfds_t n, int64_t timeout_ns, const sigset_t *ma
 	for (;;) {
 		mark_plain(&c, 1);
 		if (!any_channel(&c)) {
-			memcpy(c.asked, c.fds, n * sizeof(*fds));
-			result = poll_kernel(&c, false,
-					     timeout_ns < 0 ? INT64_MAX : timeout_ns,
-					     mask);
-			for (nfds_t i = 0; i < n; i++)
-				c.fds[i].revents = c.asked[i].revents;
+			result = ask_kernel(
+				fds, n, timeout_ns < 0 ? INT64_MAX : timeout_ns, mask);
 			mark_plain(&c, -1);
 			break;
 		}
@@ -397,10 +399,10 @@ int km_poll(struct pollfd *fds, nfds_t n, int64_t timeout_ns, const sigset_t *ma
 				 ? -EFAULT
 				 : poll_loop(&c, timeout_ns, mask, channels < n);
 		poll_end(&c);
+		if (result >= 0 && put_revents(&c, fds) < 0)
+			result = -EFAULT;
 		break;
 	}
-	if (result >= 0 && put_revents(&c, fds) < 0)
-		result = -EFAULT;
 	if (c.asked != asked)
 		free(c.asked);
 	return result;

@@ -44,29 +44,6 @@ KM_INLINE ssize_t km_result(ssize_t n)
 		}                                                                      \
 	} while (0)
 
-/* Pointers into the kernel's half: it answers EFAULT to them before it looks at
- * anything else.  All others are found out when they are used. */
-KM_INLINE bool km_kernel_pointer(const void *p, size_t n)
-{
-	return km_unlikely((intptr_t)((uintptr_t)p | ((uintptr_t)p + n)) < 0);
-}
-
-/*
- * Arguments of calls that may not be about an upgraded connection at all, and that the
- * library has to look at first.  Where there is no upgraded connection yet, only
- * pointers that nobody has are found bad.
- */
-KM_INLINE bool km_user_readable(const void *p, size_t n)
-{
-	return (uintptr_t)p >= 4096 && !km_kernel_pointer(p, n) && km_readable(p, n);
-}
-
-KM_INLINE bool km_user_get(void *to, const void *p, size_t n)
-{
-	return (uintptr_t)p >= 4096 && !km_kernel_pointer(p, n) &&
-	       km_likely(km_copy_in(to, p, n) == 0);
-}
-
 int km_entry_close(int fd);
 int km_entry_dup2(int from, int to, int flags, bool dup3);
 int km_entry_fcntl(int fd, int cmd, void *arg);

@@ -44,6 +44,7 @@ from tests.conformance.kit import (
     readable,
     reap,
     receive,
+    settings,
 )
 
 _NOWAIT = socket.MSG_DONTWAIT
@@ -685,6 +686,46 @@ def time_limit_of_epoll_pwait2() -> None:
 
 
 # --- before and after the rings ------------------------------------------------------
+
+
+@settings(KMAP_UPGRADE_AFTER="1000000")
+def before_any_upgrade() -> None:
+    """What the library looks at although the kernel carries the bytes."""
+    ends = pair(upgraded=False)
+    ends.a.sendall(b"kept" * 4)
+    readable(ends.b)
+    fd = ends.b.fileno()
+    epoll = Epoll()
+    epoll.add(ends.b, EPOLLIN, 1)
+    (name,) = buffers(64)
+    messages = (MMsgHdr * 1)(MMsgHdr(message(iovec(buffers(4)))))
+    for kind, make in _SOME_KINDS.items():
+        bad, bad_mask = _pointer(make(16)), _pointer(make(8))
+        sets = [_bits(ends.b), None, None]
+        calls: dict[str, tuple[Any, ...]] = {
+            "recv": (fd, bad, 16, 0),
+            "send": (fd, bad, 16, 0),
+            "poll": (bad, 2, 0),
+            "ppoll": ((PollFd * 1)(PollFd(fd, 1, 0)), 1, None, bad_mask),
+            "select": (64, bad_mask, None, None, None),
+            "pselect": (64, *sets, None, bad_mask),
+            "epoll_ctl": (epoll.fd, Epoll.MOD, fd, bad),
+            "epoll_wait": (epoll.fd, bad, 2, 0),
+            "recvmmsg": (fd, messages, 1, 0, bad),
+        }
+        # libc looks at the time limits of ppoll, select and pselect by itself.
+        if hasattr(libc, "epoll_pwait2"):
+            calls["epoll_pwait2"] = (epoll.fd, (EpollEvent * 1)(), 1, bad, None)
+        for call, args in calls.items():
+            assert fails(call, *args) == errno.EFAULT, f"{call}, {kind}"
+        with listener() as listening, socket.socket() as other:
+            other.connect(listening.getsockname())
+            readable(listening)
+            args = (listening.fileno(), name, _pointer(make(4)))
+            assert fails("accept", *args) == errno.EFAULT, kind
+    page = _protected(bytes(PollFd(fd, select.POLLIN, 0)), _READ)
+    assert fails("poll", _pointer(page), 1, 0) == errno.EFAULT
+    assert receive(ends.b, 16) == b"kept" * 4
 
 
 @each("read_only", "unmapped", "null")
