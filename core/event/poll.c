@@ -26,6 +26,15 @@ static bool ring_writable(const struct km_conn *conn)
 	return used <= most - most / WRITABLE_FRACTION;
 }
 
+/* SO_RCVLOWAT, as far as a writer can get that stops when it is told to. */
+static uint64_t low_water(const struct km_conn *conn)
+{
+	const struct km_ring_geometry *geo = &conn->rx.geo;
+	uint64_t most = geo->size[geo->levels - 1] / 2;
+
+	return KM_MAX(KM_MIN((uint64_t)KM_MAX(conn->lowat, 0), most), 1);
+}
+
 /* No lock is held: another thread may move either position meanwhile, which makes
  * the answer as old as any answer of poll. */
 uint32_t km_file_level(struct km_file *f, uint32_t wanted)
@@ -71,7 +80,7 @@ uint32_t km_file_level(struct km_file *f, uint32_t wanted)
 	if (kernel & POLLIN)
 		bits |= POLLIN | POLLRDNORM;
 	/* While kernel bytes are under way, those in the ring have to wait. */
-	if (rx == KM_PHASE_RING && waiting >= (uint64_t)KM_MAX(conn->lowat, 1))
+	if (rx == KM_PHASE_RING && waiting >= low_water(conn))
 		bits |= POLLIN | POLLRDNORM;
 	if (km_load_relaxed(&conn->flags) & (KM_CONN_RD_SHUT | KM_CONN_RESET))
 		bits |= POLLIN | POLLRDNORM;

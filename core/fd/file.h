@@ -54,6 +54,8 @@ enum km_phase {
 #define KM_CONN_DIED 16u    /* the reset of a peer that died has been told */
 #define KM_CONN_TIMEOUTS 8u /* SO_RCVTIMEO or SO_SNDTIMEO may be set */
 #define KM_CONN_GIVEN 32u   /* another program may have it: a close here ends nothing */
+/* A process that the library is not in may change O_NONBLOCK. */
+#define KM_CONN_FOREIGN 128u
 
 struct km_conn {
 	struct km_stats_row row;
@@ -233,6 +235,21 @@ void km_file_release(struct km_file *f);
  * table; *reason says which. */
 struct km_conn *km_conn_new(enum km_reason *reason);
 void km_conn_free(struct km_conn *conn);
+
+/* What the kernel was found to have for O_NONBLOCK. */
+KM_INLINE void km_conn_nonblock(struct km_conn *conn, bool on)
+{
+	bool known = km_load_relaxed(&conn->flags) & KM_CONN_NONBLOCK;
+
+	if (km_likely(known == on))
+		return;
+	/* Somebody changed it unseen, and may do it again. */
+	if (on)
+		km_or_seq(&conn->flags, KM_CONN_NONBLOCK);
+	else
+		km_and_seq(&conn->flags, ~KM_CONN_NONBLOCK);
+	km_or_seq(&conn->flags, KM_CONN_FOREIGN);
+}
 
 /* Ends f's channel in this process (close, or an upgrade that failed). */
 void km_file_detach(struct km_file *f);

@@ -22,7 +22,7 @@ int km_file_to_kernel(struct km_file *f, int fd, enum km_reason reason, bool tak
 		return -EAGAIN;
 	if (f->conn && km_load_seq(&f->mode) == KM_MODE_CHANNEL) {
 		if (reason == KM_REASON_HANDED_ON)
-			km_or_seq(&f->conn->flags, KM_CONN_GIVEN);
+			km_or_seq(&f->conn->flags, KM_CONN_GIVEN | KM_CONN_FOREIGN);
 		km_link_withdraw(f);
 		err = km_stream_retreat(f, fd, reason, take);
 	} else if (!km_thread.bypass) {

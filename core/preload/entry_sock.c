@@ -158,21 +158,61 @@ KM_EXPORT int shutdown(int fd, int how)
 	return KM_REAL(shutdown)(fd, how);
 }
 
-/* Options that a ring cannot honour keep the connection on the kernel. */
-static bool needs_kernel(int level, int name)
+/*
+ * Options that a ring cannot honour keep the connection on the kernel.  The answer for
+ * one that is on its rings already: what an older kernel says, which programs know to
+ * live with; 0 to let the kernel take it.
+ */
+static bool needs_kernel(int level, int name, int *late)
 {
-	if (level == IPPROTO_TCP)
-		return name == TCP_ULP || name == TCP_REPAIR;
-	return level == SOL_SOCKET && name == SO_ZEROCOPY;
+	*late = 0;
+	if (level == IPPROTO_TCP) {
+		switch (name) {
+		case TCP_ULP:
+			/* Bytes that are in the rings would go around the cipher. */
+			*late = -ENOENT;
+			return true;
+		case TCP_REPAIR:
+			*late = -EPERM;
+			return true;
+		case TCP_INQ:
+			*late = -ENOPROTOOPT;
+			return true;
+		default:
+			return false;
+		}
+	}
+	if (level != SOL_SOCKET)
+		return false;
+	switch (name) {
+	case SO_PEEK_OFF:
+		*late = -EOPNOTSUPP;
+		return true;
+	case SO_ZEROCOPY:
+	case SO_TIMESTAMP_OLD:
+	case SO_TIMESTAMPNS_OLD:
+	case SO_TIMESTAMPING_OLD:
+	case SO_TIMESTAMP_NEW:
+	case SO_TIMESTAMPNS_NEW:
+	case SO_TIMESTAMPING_NEW:
+	case SO_ATTACH_FILTER:
+	case SO_ATTACH_BPF:
+		return true;
+	default:
+		return false;
+	}
 }
 
 /* What the library goes by itself. */
-static void note_option(struct km_file *f, int name, const void *value, socklen_t len)
+static void note_option(struct km_file *f, int fd, int name)
 {
+	socklen_t len = sizeof(f->conn->lowat);
+
 	if (name == SO_RCVTIMEO || name == SO_SNDTIMEO)
 		km_or_seq(&f->conn->flags, KM_CONN_TIMEOUTS);
-	if (name == SO_RCVLOWAT && len >= sizeof(int)) {
-		f->conn->lowat = *(const int *)value;
+	if (name == SO_RCVLOWAT) {
+		/* As the kernel understood it. */
+		km_sys_getsockopt(fd, SOL_SOCKET, name, &f->conn->lowat, &len);
 		km_event_news(f);
 	}
 }
@@ -180,22 +220,30 @@ static void note_option(struct km_file *f, int name, const void *value, socklen_
 KM_EXPORT int setsockopt(int fd, int level, int name, const void *value, socklen_t len)
 {
 	struct km_file *f = km_file_of(fd);
-	int err;
+	int err, late;
 
-	if (km_unlikely(f && needs_kernel(level, name)))
-		km_file_to_kernel(f, fd, KM_REASON_OPTION, false);
+	if (km_unlikely(f && needs_kernel(level, name, &late)) &&
+	    km_file_to_kernel(f, fd, KM_REASON_OPTION, false) < 0 && late)
+		return (int)km_result(late);
 	err = KM_REAL(setsockopt)(fd, level, name, value, len);
 	if (km_unlikely(err == 0 && f && level == SOL_SOCKET && f->conn))
-		note_option(f, name, value, len);
+		note_option(f, fd, name);
 	return err;
 }
 
 KM_EXPORT int getsockopt(int fd, int level, int name, void *restrict value,
 			 socklen_t *restrict len)
 {
-	int err = KM_REAL(getsockopt)(fd, level, name, value, len), error = 0;
-	struct km_file *f;
+	struct km_file *f = NULL;
+	int err, error = 0;
 
+	/* It takes bytes from the stream. */
+	if (km_unlikely(level == IPPROTO_TCP && name == TCP_ZEROCOPY_RECEIVE)) {
+		f = km_file_of(fd);
+		if (f && km_file_to_kernel(f, fd, KM_REASON_OPTION, false) < 0)
+			return (int)km_result(-ENOPROTOOPT);
+	}
+	err = KM_REAL(getsockopt)(fd, level, name, value, len);
 	if (km_likely(err < 0 || level != SOL_SOCKET || name != SO_ERROR))
 		return err;
 	f = km_file_of(fd);
@@ -237,6 +285,8 @@ int km_entry_ioctl(int fd, unsigned long request, void *arg)
 
 	if (km_unlikely(km_thread.bypass) && request == FIONCLEX)
 		km_file_hand_on(fd, fd);
+	if (km_unlikely(f && request == FIOASYNC))
+		km_file_to_kernel(f, fd, KM_REASON_OPTION, false);
 	if (km_likely(!f) || km_load_acquire(&f->mode) != KM_MODE_CHANNEL)
 		return KM_REAL(ioctl)(fd, request, arg);
 	if (request == SIOCINQ || request == SIOCOUTQ) {
@@ -249,6 +299,9 @@ int km_entry_ioctl(int fd, unsigned long request, void *arg)
 		return (int)km_result(err);
 	}
 	err = KM_REAL(ioctl)(fd, request, arg);
+	/* Urgent data goes by the kernel, behind all that is in the ring. */
+	if (request == SIOCATMARK && err == 0 && *(int *)arg)
+		*(int *)arg = !km_stream_behind(f, fd);
 	if (request == FIONBIO && err == 0)
 		note_nonblock(f, *(int *)arg != 0);
 	return err;
@@ -285,6 +338,14 @@ int km_entry_fcntl(int fd, int cmd, void *arg)
 		f = km_file_of(fd);
 		if (f)
 			note_nonblock(f, (uintptr_t)arg & O_NONBLOCK);
+		/* SIGIO is for bytes that come by the kernel. */
+		if (f && ((uintptr_t)arg & O_ASYNC))
+			km_file_to_kernel(f, fd, KM_REASON_OPTION, false);
+	} else if (cmd == F_GETFL) {
+		/* The program knows now, so the library has to. */
+		f = km_file_of(fd);
+		if (f && f->conn)
+			km_conn_nonblock(f->conn, result & O_NONBLOCK);
 	}
 	return result;
 }

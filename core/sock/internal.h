@@ -118,7 +118,10 @@ int km_wait_out(struct km_file *f, struct km_conn *conn, int fd, struct km_wait 
 int km_wait_interrupted(int err, const struct km_wait *w);
 void km_wait_hold(struct km_file *f, struct km_wait *w);
 ssize_t km_wait_done(struct km_file *f, struct km_wait *w, ssize_t result);
-bool km_must_not_block(const struct km_conn *conn, int flags);
+/* There is nothing to be had now: is the answer EAGAIN?  Not once the call has slept
+ * (w->held): what the descriptor said when it came is what counts. */
+bool km_must_not_block(struct km_conn *conn, int fd, int flags,
+		       const struct km_wait *w);
 
 /* -- iov.c ---------------------------------------------------------------------------- */
 

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Reading from an upgraded connection. */
 #include <errno.h>
+#include <linux/sockios.h>
 
 #include "link/link.h"
 #include "sock/internal.h"
@@ -197,9 +198,15 @@ KM_COLD static ssize_t recv_beyond(struct km_file *f, struct km_conn *conn, int 
 				   ssize_t n)
 {
 	struct iovec rest[KM_IOV_MOST];
-	int left = km_iov_advance(iov, iovcnt, (size_t)n, rest);
-	ssize_t m = left ? recv_once(f, conn, fd, rest, left, flags) : 0;
+	int left = km_iov_advance(iov, iovcnt, (size_t)n, rest), mark = 0;
+	ssize_t m;
 
+	/* A read ends before urgent data, also where that came by the kernel and what
+	 * stands before it by the ring. */
+	if ((km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) & KM_P_END) &&
+	    km_sys_ioctl(fd, SIOCATMARK, &mark) == 0 && mark)
+		return n;
+	m = left ? recv_once(f, conn, fd, rest, left, flags) : 0;
 	km_error_keep(conn, m);
 	return m > 0 ? n + m : n;
 }
@@ -300,11 +307,13 @@ ssize_t km_recv(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 			km_error_keep(d.conn, n);
 		if (km_unlikely(n == -EAGAIN))
 			km_tx_look(f, d.conn, km_kernel_fd(f, fd));
-		if (n != -EAGAIN || km_must_not_block(d.conn, flags)) {
+		if (n != -EAGAIN ||
+		    km_must_not_block(d.conn, km_kernel_fd(f, fd), flags, &w)) {
 			enough = flags & MSG_WAITALL ? want : (size_t)d.conn->lowat;
 			if (km_unlikely(flags & MSG_PEEK) && n > 0 &&
 			    (size_t)n < KM_MIN(enough, want) &&
-			    !km_must_not_block(d.conn, flags)) {
+			    !km_must_not_block(d.conn, km_kernel_fd(f, fd), flags,
+					       &w)) {
 				km_wait_hold(f, &w);
 				km_side_leave(&d);
 				err = km_wait_interrupted(

@@ -183,7 +183,8 @@ ssize_t km_send(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 			iov = rest;
 			continue;
 		}
-		if (n != -EAGAIN || km_must_not_block(d.conn, flags)) {
+		if (n != -EAGAIN ||
+		    km_must_not_block(d.conn, km_kernel_fd(f, fd), flags, &w)) {
 			km_side_leave(&d);
 			return km_wait_done(f, &w, done ? (ssize_t)done : n);
 		}

@@ -12,7 +12,7 @@
 #include <string.h>
 
 #include "event/event.h"
-#include "sock/stream.h"
+#include "sock/internal.h"
 
 #define BOUNCE 16384
 
@@ -123,8 +123,8 @@ ssize_t km_splice_in(struct km_file *f, int fd, int pipe, size_t count, unsigned
 
 	if ((flags & SPLICE_F_NONBLOCK) && km_sys_poll(&in, 1, &now) == 0)
 		return -EAGAIN;
-	if (f->conn && (km_load_relaxed(&f->conn->flags) & KM_CONN_NONBLOCK) &&
-	    km_poll(&out, 1, 0, NULL) == 0)
+	if (km_poll(&out, 1, 0, NULL) == 0 && f->conn &&
+	    km_must_not_block(f->conn, fd, 0, &(struct km_wait){0}))
 		return -EAGAIN;
 	n = km_sys_read(pipe, buf, KM_MIN(count, sizeof(buf)));
 	/* Bytes taken from the pipe cannot be put back: they are sent now, even if

@@ -133,6 +133,20 @@ int km_stream_inq(struct km_file *f, int fd, int *bytes)
 	return err;
 }
 
+bool km_stream_behind(struct km_file *f, int fd)
+{
+	struct km_side d;
+	bool behind;
+	int err;
+
+	if (!km_side_enter(f, fd, false, false, &d, &err))
+		return false;
+	km_recv_settle(d.conn, fd);
+	behind = d.conn->rx_phase == KM_PHASE_RING && km_ring_readable(&d.conn->rx) > 0;
+	km_side_leave(&d);
+	return behind;
+}
+
 int km_stream_outq(struct km_file *f, int fd, int *bytes)
 {
 	struct km_side d;

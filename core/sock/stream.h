@@ -46,6 +46,9 @@ ssize_t km_splice_out(struct km_file *f, int fd, int pipe, size_t count,
 		      unsigned flags);
 ssize_t km_splice_in(struct km_file *f, int fd, int pipe, size_t count, unsigned flags);
 
+/* Are there bytes of the ring still to be read before those of the kernel? */
+bool km_stream_behind(struct km_file *f, int fd);
+
 /* The peer's cut-over may have been seen by nobody yet: works out whether its next
  * byte is in the kernel or in the ring, so that readiness can be told. */
 void km_stream_settle(struct km_file *f, int fd);

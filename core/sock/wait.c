@@ -147,6 +147,15 @@ static bool rx_at_end(const struct km_conn *conn)
 	       (km_load_relaxed(&conn->flags) & (KM_CONN_RD_SHUT | KM_CONN_RESET));
 }
 
+/* No more can come before something is taken. */
+static bool rx_is_full(const struct km_conn *conn)
+{
+	const struct km_ring_geometry *geo = &conn->rx.geo;
+
+	return conn->rx_phase == KM_PHASE_RING &&
+	       conn->rx.w - conn->rx.r >= geo->size[geo->levels - 1];
+}
+
 /* Is there more than there was when the ring was last looked at? */
 static bool rx_has_more(const struct km_conn *conn)
 {
@@ -165,7 +174,7 @@ int km_wait_more(struct km_file *f, struct km_conn *conn, int fd, struct km_wait
 	set_deadline(w, conn, km_kernel_fd(f, fd), SO_RCVTIMEO);
 	if (w->deadline > 0)
 		left = w->deadline - km_now_ns();
-	if (left <= 0 || rx_at_end(conn))
+	if (left <= 0 || rx_at_end(conn) || rx_is_full(conn))
 		return -EAGAIN;
 	if (!rx_has_more(conn))
 		return nap_on_bell(f, conn, fd, POLLRDHUP, rx_has_more, left);
@@ -229,8 +238,25 @@ ssize_t km_wait_done(struct km_file *f, struct km_wait *w, ssize_t result)
 	return result;
 }
 
-bool km_must_not_block(const struct km_conn *conn, int flags)
+/*
+ * O_NONBLOCK belongs to the open file description, which may be shared with processes
+ * that the library is not in.  Before a sleep the kernel is asked; before EAGAIN, which
+ * event loops come to all the time, only where such a process is known of.
+ */
+bool km_must_not_block(struct km_conn *conn, int fd, int flags, const struct km_wait *w)
 {
-	return (flags & MSG_DONTWAIT) ||
-	       (km_load_relaxed(&conn->flags) & KM_CONN_NONBLOCK);
+	uint32_t known = km_load_relaxed(&conn->flags);
+	int now;
+
+	if (flags & MSG_DONTWAIT)
+		return true;
+	if (w->held)
+		return false;
+	if ((known & KM_CONN_NONBLOCK) && !(known & KM_CONN_FOREIGN))
+		return true;
+	now = km_sys_fcntl(fd, F_GETFL, 0);
+	if (now < 0)
+		return known & KM_CONN_NONBLOCK;
+	km_conn_nonblock(conn, now & O_NONBLOCK);
+	return now & O_NONBLOCK;
 }
