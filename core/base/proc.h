@@ -115,6 +115,7 @@ struct km_proc {
 	/* TCP sockets tracked in this process */
 	km_a32 files;
 	bool used;	  /* some socket or epoll set was tracked once */
+	bool mixed;	  /* some epoll set held an upgraded connection once */
 	km_a64 memory;	  /* bytes of segments mapped */
 	km_a64 *counters; /* in the statistics memfd, or private before it exists */
 	km_a64 *reasons;

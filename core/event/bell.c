@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 
 #include "event/event.h"
+#include "sock/stream.h"
 
 #define BELLS 1024
 
@@ -205,6 +206,45 @@ void km_bell_kick(struct km_bell *bell)
 	km_sys_write(bell->efd, &one, sizeof(one));
 }
 
+void km_ask_for_space(struct km_file *f, struct km_conn *conn)
+{
+	km_or_seq(&conn->tx.wire->prod_wait, KM_WAIT_EVENT);
+	km_store_seq(&f->asked, 1);
+	km_fence_seq();
+}
+
+/* What has happened since the bell was last drained; the bell's lock is held. */
+static uint32_t cause_of(struct km_file *f)
+{
+	struct km_conn *conn = f->conn;
+	uint32_t cause = 0;
+	uint64_t w;
+
+	if (!conn || f->scan || km_stream_left(f))
+		return KM_NEWS_ANY;
+	w = km_load_sync(OBSERVE, &conn->rx.wire->wpos);
+	/* SO_RCVLOWAT: until there is enough nobody is told. */
+	if (w != f->news_at &&
+	    (conn->lowat <= 1 || w - __atomic_load_n(&conn->rx.r, __ATOMIC_RELAXED) >=
+					 (uint64_t)conn->lowat))
+		cause |= KM_NEWS_DATA;
+	f->news_at = w;
+	if (km_load_seq(&f->asked) &&
+	    !(km_load_seq(&conn->tx.wire->prod_wait) & KM_WAIT_EVENT)) {
+		cause |= KM_NEWS_SPACE;
+		km_store_seq(&f->asked, 0);
+		/* Asked once more in between: the answer is still to come. */
+		if (km_load_seq(&conn->tx.wire->prod_wait) & KM_WAIT_EVENT)
+			km_store_seq(&f->asked, 1);
+	}
+	return cause;
+}
+
+static void pass_on(struct km_file *f)
+{
+	km_event_news(f, cause_of(f));
+}
+
 void km_bell_drain(struct km_bell *bell)
 {
 	struct km_wire_bell *wire = bell->wire;
@@ -231,7 +271,7 @@ void km_bell_drain(struct km_bell *bell)
 
 				bits &= bits - 1;
 				if (bell->slot[slot])
-					km_event_news(bell->slot[slot]);
+					pass_on(bell->slot[slot]);
 			}
 		}
 		km_unlock(&bell->lock, how);

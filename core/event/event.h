@@ -37,6 +37,13 @@ struct km_reg {
 #define KM_SET_STASH 16
 #define KM_SET_INNER 8
 
+/* A set inside a set, as the program registered it. */
+struct km_inner {
+	int fd;
+	uint32_t events;
+	epoll_data_t data;
+};
+
 struct km_set {
 	km_a32 lock;
 	int epfd;
@@ -48,10 +55,11 @@ struct km_set {
 	 * Its bells are armed for good, so that the kernel's side of it shows what
 	 * the rings have. */
 	bool watched;
-	int inner[KM_SET_INNER]; /* sets inside this one, by descriptor */
+	struct km_inner inner[KM_SET_INNER]; /* sets inside this one */
 	uint32_t inners;
 	uint32_t stashed; /* the kernel's events that were taken to find that out */
 	struct epoll_event stash[KM_SET_STASH];
+	bool edges;	   /* some file of the kernel's is reported once only */
 	bool mixed;	   /* some registration was ours once: cookies may still come */
 	bool kernel_first; /* whose turn it is when there is room for one */
 	bool scan;	   /* some file's news may be taken by another process */
@@ -135,8 +143,14 @@ KM_INLINE void km_peer_bell_tell(const struct km_file *f)
  * asks for space notification when EPOLLOUT is wanted and there is none. */
 uint32_t km_file_level(struct km_file *f, uint32_t wanted);
 
-/* Something happened on f: its registrations are to be looked at again. */
-void km_event_news(struct km_file *f);
+/* Something happened on f: its registrations are to be looked at again.  As on the
+ * kernel, it is an edge for those that are interested in the cause. */
+#define KM_NEWS_DATA (EPOLLIN | EPOLLPRI | EPOLLRDNORM | EPOLLRDBAND)
+#define KM_NEWS_SPACE (EPOLLOUT | EPOLLWRNORM | EPOLLWRBAND)
+#define KM_NEWS_ANY UINT32_MAX
+void km_event_news(struct km_file *f, uint32_t cause);
+/* f's peer is to tell when there is space in the ring. */
+void km_ask_for_space(struct km_file *f, struct km_conn *conn);
 /* f has become a channel: its registrations become ours.  0 or an error, after
  * which nothing has changed.  link_lock held. */
 int km_event_attach(struct km_file *f);
@@ -153,8 +167,13 @@ void km_set_wait_end(struct km_set *set);
 /* epfd, a set, is about to be asked whether it is readable, by poll or (for good)
  * by an outer epoll set: makes the kernel's answer right. */
 void km_set_watch(struct km_set *set, int epfd);
-/* An epoll set was put into another one, or taken out. */
-void km_set_nest(int outer, int inner, bool in);
+/* The same for one poll: would a wait find something?  set->mixed only; the kernel
+ * knows of all the others. */
+bool km_set_look(struct km_set *set, int epfd);
+/* The kernel has done an epoll_ctl of a file that is not tracked. */
+void km_set_note(int epfd, int op, const struct epoll_event *ev);
+/* epoll_ctl of epfd, which is set, for another set fd. */
+int km_set_nest(struct km_set *set, int epfd, int op, int fd, struct epoll_event *ev);
 /* Takes the library's own events out of evs; the number left. */
 int km_set_translate(struct km_set *set, struct epoll_event *evs, int n);
 void km_event_fork_child(void);

@@ -86,8 +86,6 @@ uint32_t km_file_level(struct km_file *f, uint32_t wanted)
 		bits |= POLLIN | POLLRDNORM;
 	if (km_load_relaxed(&conn->flags) & KM_CONN_RESET)
 		bits |= POLLERR | POLLHUP;
-	if (km_unlikely(km_load_relaxed(&conn->error)))
-		bits |= POLLIN | POLLRDNORM | POLLERR;
 	if (tx == KM_PHASE_DRAIN) {
 		/* Not before all that came earlier has gone. */
 	} else if (tx != KM_PHASE_RING || km_load_relaxed(&conn->kernel_bits)) {
@@ -95,8 +93,7 @@ uint32_t km_file_level(struct km_file *f, uint32_t wanted)
 	} else if (ring_writable(conn)) {
 		bits |= POLLOUT | POLLWRNORM;
 	} else if (wanted & (POLLOUT | POLLWRNORM)) {
-		km_or_seq(&conn->tx.wire->prod_wait, KM_WAIT_EVENT);
-		km_fence_seq();
+		km_ask_for_space(f, conn);
 		if (ring_writable(conn))
 			bits |= POLLOUT | POLLWRNORM;
 	}
@@ -151,11 +148,19 @@ struct poll_call {
 	struct pollfd *fds;    /* a copy of the program's */
 	struct pollfd *asked;  /* for the kernel: n, and one for the bells */
 	struct km_file **file; /* of each, or NULL */
-	nfds_t n;
+	nfds_t n, sets;	       /* how many are epoll sets with channels */
 	struct km_bell *bells[16];
 	uint32_t nbells;
 	bool many_bells; /* more than fit: look again often */
 };
+
+/* The epoll set that an entry is, when the kernel does not know all of its readiness. */
+static struct km_set *mixed_set(const struct pollfd *pfd)
+{
+	struct km_set *set = km_set_of(pfd->fd);
+
+	return set && set->mixed ? set : NULL;
+}
 
 static void remember_bell(struct poll_call *c, struct km_bell *bell)
 {
@@ -174,12 +179,14 @@ static nfds_t poll_begin(struct poll_call *c)
 {
 	nfds_t channels = 0;
 
+	c->sets = 0;
 	for (nfds_t i = 0; i < c->n; i++) {
 		struct km_file *f = km_file_of(c->fds[i].fd);
 
 		c->asked[i] = c->fds[i];
 		c->asked[i].revents = 0;
 		c->file[i] = NULL;
+		c->sets += mixed_set(&c->fds[i]) != NULL;
 		if (!f || km_load_acquire(&f->mode) != KM_MODE_CHANNEL)
 			continue;
 		km_file_hold(f);
@@ -216,8 +223,20 @@ static int poll_levels(struct poll_call *c)
 		uint32_t bits, wanted;
 		struct km_conn *conn;
 
-		if (!f)
+		if (!f) {
+			struct km_set *set = c->sets ? mixed_set(&c->fds[i]) : NULL;
+
+			/* Its bells may ring for other sets too: only a look tells. */
+			if (set) {
+				bits = km_set_look(set, c->fds[i].fd)
+					       ? (POLLIN | POLLRDNORM)
+					       : 0;
+				c->fds[i].revents =
+					(short)(bits & (uint16_t)c->fds[i].events);
+				ready += c->fds[i].revents != 0;
+			}
 			continue;
+		}
 		wanted = (uint32_t)(uint16_t)c->fds[i].events | POLLERR | POLLHUP;
 		bits = km_file_level(f, wanted) & wanted;
 		c->fds[i].revents = (short)bits;
@@ -253,7 +272,9 @@ static int poll_answers(struct poll_call *c)
 	int ready = 0;
 
 	for (nfds_t i = 0; i < c->n; i++) {
-		if (!c->file[i]) {
+		if (!c->file[i] && c->sets && mixed_set(&c->fds[i])) {
+			/* What the kernel says is news to look at. */
+		} else if (!c->file[i]) {
 			c->fds[i].revents = c->asked[i].revents;
 			ready += c->fds[i].revents != 0;
 		} else if (c->asked[i].revents & GONE_BITS) {
@@ -352,13 +373,21 @@ static void mark_plain(struct poll_call *c, int sign)
 	}
 }
 
+static bool any_mixed_set(const struct poll_call *c)
+{
+	for (nfds_t i = 0; i < c->n; i++)
+		if (mixed_set(&c->fds[i]))
+			return true;
+	return false;
+}
+
 static bool any_channel(const struct poll_call *c)
 {
 	for (nfds_t i = 0; i < c->n; i++)
 		if (c->file[i] && km_load_seq(&c->file[i]->mode) >= KM_MODE_SWITCHING &&
 		    km_load_seq(&c->file[i]->mode) != KM_MODE_PINNED)
 			return true;
-	return false;
+	return any_mixed_set(c);
 }
 
 #define ON_STACK 64
@@ -379,6 +408,7 @@ int km_poll(struct pollfd *fds, nfds_t n, int64_t timeout_ns, const sigset_t *ma
 	struct pollfd asked[ON_STACK + 1], copy[ON_STACK];
 	struct km_file *file[ON_STACK];
 	struct poll_call c = {.fds = copy, .asked = asked, .file = file, .n = n};
+	int64_t deadline = timeout_ns > 0 ? km_now_ns() + timeout_ns : 0;
 	nfds_t channels;
 	int result;
 
@@ -396,17 +426,24 @@ int km_poll(struct pollfd *fds, nfds_t n, int64_t timeout_ns, const sigset_t *ma
 			result = ask_kernel(
 				fds, n, timeout_ns < 0 ? INT64_MAX : timeout_ns, mask);
 			mark_plain(&c, -1);
+			/* A connection in one of the sets was upgraded meanwhile. */
+			if (result > 0 && any_mixed_set(&c)) {
+				if (deadline)
+					timeout_ns = KM_MAX(deadline - km_now_ns(), 0);
+				continue;
+			}
 			break;
 		}
 		mark_plain(&c, -1);
 		channels = poll_begin(&c);
-		if (channels == 0) {
+		if (channels + c.sets == 0) {
 			sched_yield();
 			continue;
 		}
 		result = mask && !km_readable(mask, KM_SIGSET_SIZE)
 				 ? -EFAULT
-				 : poll_loop(&c, timeout_ns, mask, channels < n);
+				 : poll_loop(&c, timeout_ns, mask,
+					     channels + c.sets < n);
 		poll_end(&c);
 		if (result >= 0 && put_revents(&c, fds) < 0)
 			result = -EFAULT;

@@ -13,6 +13,8 @@
 /* What the kernel tells of an upgraded connection. */
 #define KERNEL_EVENTS (EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET)
 #define ALWAYS (EPOLLERR | EPOLLHUP)
+/* In the low half of a cookie: an epoll set inside this one. */
+#define INNER_COOKIE 0x40000000u
 /* What the kernel allows beside EPOLLEXCLUSIVE. */
 #define EXCLUSIVE_OK                                                                   \
 	((uint32_t)(EPOLLIN | EPOLLOUT | EPOLLERR | EPOLLHUP | EPOLLWAKEUP | EPOLLET | \
@@ -100,13 +102,13 @@ static void ready_again(struct km_reg *reg)
 	ready_push(reg);
 }
 
-void km_event_news(struct km_file *f)
+void km_event_news(struct km_file *f, uint32_t cause)
 {
 	for (struct km_reg *reg = f->regs; reg; reg = reg->next) {
 		struct km_set *set = reg->set;
 		enum km_lock_result how;
 
-		if (!reg->active)
+		if (!reg->active || ((reg->events & EPOLLET) && !(reg->events & cause)))
 			continue;
 		how = km_lock(&set->lock);
 		if (reg->active)
@@ -198,6 +200,7 @@ static int reg_convert(struct km_reg *reg, int op)
 	 * next line on, and looks at this count when it wakes.  Pairs with
 	 * km_set_wait_begin too. */
 	set->mixed = true;
+	km_proc.mixed = true;
 	km_add_seq(&set->rings, 1);
 	err = km_set_hear(set, reg->file->bell);
 	if (err == 0)
@@ -346,12 +349,14 @@ static int ctl_channel(struct km_set *set, struct km_file *f, int op, int fd,
 	struct km_reg *reg = reg_find(f, set, fd);
 	int err;
 
+	/* The kernel looks at these before it looks for the registration. */
+	if (op != EPOLL_CTL_DEL && (ev->events & EPOLLEXCLUSIVE) &&
+	    (op == EPOLL_CTL_MOD || (ev->events & ~EXCLUSIVE_OK)))
+		return -EINVAL;
 	switch (op) {
 	case EPOLL_CTL_ADD:
 		if (reg && reg->active)
 			return -EEXIST;
-		if ((ev->events & EPOLLEXCLUSIVE) && (ev->events & ~EXCLUSIVE_OK))
-			return -EINVAL;
 		if (!reg)
 			reg = reg_add(f, set, fd);
 		if (!reg)
@@ -368,7 +373,7 @@ static int ctl_channel(struct km_set *set, struct km_file *f, int op, int fd,
 	case EPOLL_CTL_MOD:
 		if (!reg || !reg->active)
 			return -ENOENT;
-		if ((reg->events | ev->events) & EPOLLEXCLUSIVE)
+		if (reg->events & EPOLLEXCLUSIVE)
 			return -EINVAL;
 		reg_set(reg, ev);
 		look_again(reg);
@@ -387,6 +392,14 @@ static int ctl_channel(struct km_set *set, struct km_file *f, int op, int fd,
 	}
 }
 
+void km_set_note(int epfd, int op, const struct epoll_event *ev)
+{
+	struct km_set *set = km_set_of(epfd);
+
+	if (set && op != EPOLL_CTL_DEL && (ev->events & (EPOLLET | EPOLLONESHOT)))
+		set->edges = true;
+}
+
 int km_epoll_ctl(int epfd, int op, int fd, struct epoll_event *ev)
 {
 	struct km_file *f = km_file_of(fd);
@@ -396,8 +409,12 @@ int km_epoll_ctl(int epfd, int op, int fd, struct epoll_event *ev)
 	int err;
 
 	if (!f || km_load_acquire(&f->mode) == KM_MODE_PINNED || epfd == fd ||
-	    (!ev && op != EPOLL_CTL_DEL))
-		return km_sys_epoll_ctl(epfd, op, fd, ev);
+	    (!ev && op != EPOLL_CTL_DEL)) {
+		err = km_sys_epoll_ctl(epfd, op, fd, ev);
+		if (err == 0)
+			km_set_note(epfd, op, ev);
+		return err;
+	}
 	set = km_set_of(epfd);
 	if (!set) {
 		/* Only an epoll set that does not hold fd says ENOENT. */
@@ -435,29 +452,61 @@ int km_epoll_ctl(int epfd, int op, int fd, struct epoll_event *ev)
 static void watch_inner(struct km_set *set)
 {
 	for (uint32_t i = 0; i < set->inners; i++) {
-		struct km_set *inner = km_set_of(set->inner[i]);
+		struct km_set *inner = km_set_of(set->inner[i].fd);
 
 		if (inner)
-			km_set_watch(inner, set->inner[i]);
+			km_set_watch(inner, set->inner[i].fd);
 	}
 }
 
-void km_set_nest(int outer, int inner, bool in)
+int km_set_nest(struct km_set *set, int epfd, int op, int fd, struct epoll_event *ev)
 {
-	struct km_set *set = km_set_of(outer);
-	enum km_lock_result how;
+	struct km_inner *inner = NULL;
+	struct epoll_event ours;
+	enum km_lock_result how = km_lock(&set->lock);
 	uint32_t i = 0;
+	int err;
 
-	if (!set)
-		return;
-	how = km_lock(&set->lock);
-	while (i < set->inners && set->inner[i] != inner)
+	while (i < set->inners && set->inner[i].fd != fd)
 		i++;
-	if (in && i == set->inners && i < KM_SET_INNER)
-		set->inner[set->inners++] = inner;
-	else if (!in && i < set->inners)
-		set->inner[i] = set->inner[--set->inners];
+	if (op != EPOLL_CTL_DEL && i < KM_SET_INNER) {
+		inner = &set->inner[i];
+		ours.events = ev->events;
+		ours.data.u64 = (uint64_t)km_proc.magic << 32 | INNER_COOKIE | i;
+		/* Before the kernel can hand out the cookie. */
+		set->mixed = true;
+	}
+	err = km_sys_epoll_ctl(epfd, op, fd, inner ? &ours : ev);
+	if (err == 0 && inner) {
+		*inner = (struct km_inner){fd, ev->events, ev->data};
+		set->inners = KM_MAX(set->inners, i + 1);
+	}
 	km_unlock(&set->lock, how);
+	return err;
+}
+
+/* The kernel says that an inner set is readable: is it, for the program? */
+static bool inner_event(struct km_set *set, uint32_t i, struct epoll_event *ev)
+{
+	struct km_inner inner;
+	struct km_set *in;
+	struct epoll_event again;
+
+	if (i >= set->inners)
+		return false;
+	inner = set->inner[i];
+	in = km_set_of(inner.fd);
+	if (!in || !in->mixed || (ev->events & ~(uint32_t)EPOLLIN) ||
+	    km_set_look(in, inner.fd)) {
+		ev->data = inner.data;
+		return true;
+	}
+	if (inner.events & EPOLLONESHOT) {
+		again.events = inner.events;
+		again.data = ev->data;
+		km_sys_epoll_ctl(set->epfd, EPOLL_CTL_MOD, inner.fd, &again);
+	}
+	return false;
 }
 
 bool km_set_wait_begin(struct km_set *set)
@@ -480,6 +529,19 @@ void km_set_wait_end(struct km_set *set)
 		km_bell_kick(set->bell[0]);
 }
 
+/* Is what the kernel says of its own socket an edge for reg?  It says all that is
+ * true now, and does not say what has changed. */
+static bool kernel_edge(const struct km_reg *reg, const struct km_conn *conn,
+			uint32_t events)
+{
+	if (conn->tx_phase != KM_PHASE_RING ||
+	    (events & ~(uint32_t)(EPOLLIN | EPOLLOUT)))
+		return true;
+	/* An idle socket's send buffer has space: no news on a ring. */
+	return (events & EPOLLIN) &&
+	       (!(reg->events & EPOLLET) || (reg->events & KM_NEWS_DATA));
+}
+
 /* The kernel has news of a connection's own socket. */
 static void kernel_news(struct km_set *set, struct km_reg *reg, uint32_t events)
 {
@@ -494,8 +556,7 @@ static void kernel_news(struct km_set *set, struct km_reg *reg, uint32_t events)
 		else if (conn->rx_phase == KM_PHASE_RING && (events & EPOLLIN))
 			conn->idle_reads = UINT32_MAX / 2;
 		/* An idle socket's send buffer has space: no news on a ring. */
-		if (reg->active &&
-		    ((events & ~(uint32_t)EPOLLOUT) || conn->tx_phase != KM_PHASE_RING))
+		if (reg->active && kernel_edge(reg, conn, events))
 			ready_again(reg);
 	}
 	km_unlock(&set->lock, how);
@@ -515,7 +576,12 @@ int km_set_translate(struct km_set *set, struct epoll_event *evs, int n)
 		}
 		if (data & 0x80000000u)
 			continue; /* a bell: its news is taken in any case */
-		reg = reg_at((uint32_t)data & 0x7fffffffu);
+		if (data & INNER_COOKIE) {
+			if (inner_event(set, (uint32_t)data & ~INNER_COOKIE, &evs[i]))
+				evs[kept++] = evs[i];
+			continue;
+		}
+		reg = reg_at((uint32_t)data);
 		if (reg)
 			kernel_news(set, reg, evs[i].events);
 	}
@@ -655,22 +721,45 @@ static int found_too(struct km_set *set, struct epoll_event *evs, int n, int max
 	return more > 0 || n == 0 ? n + more : n;
 }
 
-void km_set_watch(struct km_set *set, int epfd)
+/* Would the kernel not tell of this event of the program's again? */
+static bool reported_once(const struct km_set *set, const struct epoll_event *ev)
+{
+	if (set->edges)
+		return true;
+	for (const struct km_reg *reg = set->regs; reg; reg = reg->set_next)
+		if (reg->active && !reg->ours && reg->data.u64 == ev->data.u64 &&
+		    (reg->events & (EPOLLET | EPOLLONESHOT)))
+			return true;
+	return false;
+}
+
+static void stash(struct km_set *set, const struct epoll_event *ev)
+{
+	for (uint32_t i = 0; i < set->stashed; i++)
+		if (set->stash[i].data.u64 == ev->data.u64) {
+			set->stash[i].events |= ev->events;
+			return;
+		}
+	set->stash[set->stashed++] = *ev;
+}
+
+bool km_set_look(struct km_set *set, int epfd)
 {
 	struct epoll_event evs[KM_SET_STASH];
-	enum km_lock_result how = km_lock(&set->lock);
 	uint32_t bells = km_load_seq(&set->bells);
+	enum km_lock_result how;
 	bool ready;
 	int n;
 
+	if (km_unlikely(set->inners))
+		watch_inner(set);
+	how = km_lock(&set->lock);
 	if (!set->watched) {
 		set->watched = true;
 		for (uint32_t i = 0; i < bells; i++)
 			km_bell_arm(set->bell[i]);
 	}
 	km_unlock(&set->lock, how);
-	if (!set->mixed)
-		return;
 	ring_again(set);
 	/* Edges of our own make the set readable though the program would find
 	 * nothing in it: take them out, and keep what is the program's. */
@@ -680,18 +769,37 @@ void km_set_watch(struct km_set *set, int epfd)
 	for (uint32_t i = 0; i < bells; i++)
 		km_bell_drain(set->bell[i]);
 	how = km_lock(&set->lock);
-	n = KM_MIN(n, (int)(KM_SET_STASH - set->stashed));
-	memcpy(set->stash + set->stashed, evs, (size_t)n * sizeof(*evs));
-	set->stashed += (uint32_t)n;
-	ready = set->stashed > 0;
+	for (int i = 0; i < n; i++)
+		if (reported_once(set, &evs[i]))
+			stash(set, &evs[i]);
+	ready = n > 0 || set->stashed > 0;
 	for (struct km_reg *reg = set->ready; reg && !ready; reg = reg->ready_next)
 		ready = reg->active && reg->ours && !reg->disarmed &&
 			(reg->fresh || !(reg->events & EPOLLET)) &&
 			(km_file_level(reg->file, reg->events) &
 			 (reg->events | ALWAYS));
 	km_unlock(&set->lock, how);
-	if (ready && bells)
-		km_bell_kick(set->bell[0]);
+	return ready;
+}
+
+void km_set_watch(struct km_set *set, int epfd)
+{
+	enum km_lock_result how;
+	uint32_t bells;
+
+	if (set->mixed) {
+		if (km_set_look(set, epfd) && km_load_seq(&set->bells))
+			km_bell_kick(set->bell[0]);
+		return;
+	}
+	how = km_lock(&set->lock);
+	bells = km_load_seq(&set->bells);
+	if (!set->watched) {
+		set->watched = true;
+		for (uint32_t i = 0; i < bells; i++)
+			km_bell_arm(set->bell[i]);
+	}
+	km_unlock(&set->lock, how);
 }
 
 static int take_stash(struct km_set *set, struct epoll_event *evs, int max)

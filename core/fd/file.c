@@ -39,7 +39,7 @@ static void file_free(struct km_file *f)
 {
 	enum km_lock_result how;
 
-	if (f->procs)
+	if (f->procs && !f->left)
 		km_sub_seq(f->procs, 1);
 	f->generation++;
 	km_store_seq(&f->mode, KM_MODE_PINNED);
@@ -62,7 +62,9 @@ void km_file_new(int fd, enum km_role role)
 	if (!f)
 		return;
 	generation = f->generation;
-	memset(f, 0, sizeof(*f));
+	/* Threads may still be in the kernel with what was closed under them: they
+	 * count themselves out here. */
+	memset((char *)f + sizeof(f->busy), 0, sizeof(*f) - sizeof(f->busy));
 	f->generation = generation;
 	f->fds = 1;
 	f->fd = fd;
@@ -123,7 +125,7 @@ struct km_file *km_file_close_begin(int fd)
 	left = --f->fds;
 	km_unlock(&km_proc.table_lock, how);
 	if (left) {
-		if (f->conn)
+		if (f->conn && !f->left)
 			km_sub_seq(&f->conn->refs, 1);
 		if (f->fd == fd)
 			f->fd = km_link_other_fd(f);
@@ -132,7 +134,7 @@ struct km_file *km_file_close_begin(int fd)
 	how = km_lock(&km_proc.link_lock);
 	km_link_cancel(f);
 	if (f->conn && km_load_seq(&f->mode) == KM_MODE_CHANNEL) {
-		bool last = km_sub_seq(&f->conn->refs, 1) == 1;
+		bool last = !f->left && km_sub_seq(&f->conn->refs, 1) == 1;
 
 		if (km_load_seq(&f->users)) {
 			/* Like the kernel's own sleepers, they keep the socket
@@ -191,7 +193,7 @@ void km_file_detach(struct km_file *f)
 	km_bell_drop(f);
 	km_peer_bell_drop(f);
 	km_sub_seq(&km_proc.channels, 1);
-	if (km_sub_seq(&conn->procs, 1) == 1)
+	if (!f->left && km_sub_seq(&conn->procs, 1) == 1)
 		km_conn_free(conn);
 }
 
@@ -285,6 +287,8 @@ static void alone(int fd, uint64_t entry, void *arg)
 void km_file_fork_child(void)
 {
 	km_fd_each(alone, NULL);
+	for (struct km_file *f = free_files; f; f = f->next_free)
+		km_store_seq(&f->busy, 0);
 	km_store_seq(&km_proc.table_lock, 0);
 	km_store_seq(&km_proc.link_lock, 0);
 }

@@ -66,9 +66,6 @@ struct km_conn {
 	km_a32 flags;
 	/* poll bits of the kernel socket that stay once seen: EOF, error, hang-up */
 	km_a32 kernel_bits;
-	/* The socket's error, negative, that was taken from the kernel by a call which
-	 * had bytes to tell of; the next one tells it. */
-	km_a32 error;
 	uint32_t rx_phase, tx_phase; /* enum km_phase, under the direction lock */
 	uint64_t rx_left;
 	uint64_t rx_end;    /* 1 + position where this end stopped reading, 0: not */
@@ -95,8 +92,8 @@ enum km_link_state {
 };
 
 struct km_file {
+	km_a32 busy;  /* threads inside the kernel with this object in mode PLAIN */
 	km_a32 mode;  /* enum km_mode */
-	km_a32 busy;  /* threads inside the kernel with this socket in mode PLAIN */
 	km_a32 users; /* threads asleep with it in mode CHANNEL */
 	uint32_t fds; /* descriptors in this process, under table_lock */
 	uint32_t generation;
@@ -112,6 +109,7 @@ struct km_file {
 	bool scan;    /* other processes may take its news: look at it always */
 	bool passed;  /* came in a message: others may have it */
 	bool closing; /* no descriptor left, a sleeper still has it */
+	bool left;    /* the process ends, and is counted out already */
 	uint32_t calls, next_try;
 	int link_fd;
 	int held_fd;   /* bound to the name of a passed socket; 0: none */
@@ -120,6 +118,8 @@ struct km_file {
 	struct km_segment seg;
 	struct km_bell *bell; /* where its news arrives */
 	uint32_t slot;
+	km_a32 asked;	  /* to be told of space, and not told yet */
+	uint64_t news_at; /* the peer's position when the bell was last drained */
 	struct km_peer_bell *peer; /* how its peer is woken */
 	uint32_t peer_slot;
 	struct km_reg *regs; /* its registrations, never unlinked while it lives */

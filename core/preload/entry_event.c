@@ -36,16 +36,25 @@ KM_EXPORT int epoll_ctl(int epfd, int op, int fd, struct epoll_event *ev)
 	struct epoll_event copy;
 
 	if (km_unlikely(km_set_of(fd) != NULL)) {
-		int err = KM_REAL(epoll_ctl)(epfd, op, fd, ev);
+		struct km_set *set = km_set_of(epfd);
+		int err;
 
-		if (err == 0 && op != EPOLL_CTL_MOD)
-			km_set_nest(epfd, fd, op == EPOLL_CTL_ADD);
+		if (set && epfd != fd && op >= EPOLL_CTL_ADD && op <= EPOLL_CTL_MOD &&
+		    (op == EPOLL_CTL_DEL || km_user_get(&copy, ev, sizeof(copy))))
+			err = (int)km_result(km_set_nest(set, epfd, op, fd, &copy));
+		else
+			err = KM_REAL(epoll_ctl)(epfd, op, fd, ev);
 		if (err == 0 && op == EPOLL_CTL_ADD)
 			km_set_watch(km_set_of(fd), fd);
 		return err;
 	}
-	if (km_likely(!km_file_of(fd)))
-		return KM_REAL(epoll_ctl)(epfd, op, fd, ev);
+	if (km_likely(!km_file_of(fd))) {
+		int err = KM_REAL(epoll_ctl)(epfd, op, fd, ev);
+
+		if (err == 0)
+			km_set_note(epfd, op, ev);
+		return err;
+	}
 	if (op == EPOLL_CTL_DEL)
 		return (int)km_result(km_epoll_ctl(epfd, op, fd, NULL));
 	/* The kernel names what is wrong with it. */
@@ -140,19 +149,26 @@ KM_EXPORT int epoll_pwait2(int epfd, struct epoll_event *evs, int max,
 		  KM_REAL(epoll_pwait2)(epfd, evs, max, timeout, mask));
 }
 
+/* Without sockets, sets that held some may still show edges that are not the
+ * program's. */
+static bool nothing_tracked(void)
+{
+	return km_load_relaxed(&km_proc.files) == 0 && !km_proc.mixed;
+}
+
 static bool any_tracked(const struct pollfd *fds, nfds_t n)
 {
 	bool found = false;
 
-	if (km_likely(km_load_relaxed(&km_proc.files) == 0) || km_thread.bypass ||
-	    n > KM_FD_MAX || !km_user_readable(fds, n * sizeof(*fds)))
+	if (km_likely(nothing_tracked()) || km_thread.bypass || n > KM_FD_MAX ||
+	    !km_user_readable(fds, n * sizeof(*fds)))
 		return false;
 	for (nfds_t i = 0; i < n; i++) {
 		struct km_set *set = km_set_of(fds[i].fd);
 
 		if (km_unlikely(set != NULL))
 			km_set_watch(set, fds[i].fd);
-		found |= km_file_of(fds[i].fd) != NULL;
+		found |= set || km_file_of(fds[i].fd);
 	}
 	return found;
 }
@@ -227,16 +243,16 @@ static bool select_tracked(int n, const fd_set *r, const fd_set *w, const fd_set
 {
 	bool found = false;
 
-	if (km_likely(km_load_relaxed(&km_proc.files) == 0) || km_thread.bypass ||
-	    n <= 0 || n > (int)KM_FD_MAX || !set_readable(n, r) ||
-	    !set_readable(n, w) || !set_readable(n, e))
+	if (km_likely(nothing_tracked()) || km_thread.bypass || n <= 0 ||
+	    n > (int)KM_FD_MAX || !set_readable(n, r) || !set_readable(n, w) ||
+	    !set_readable(n, e))
 		return false;
 	for (int fd = 0; fd < n; fd++) {
 		if (!in_set(fd, r) && !in_set(fd, w) && !in_set(fd, e))
 			continue;
 		if (km_unlikely(km_set_of(fd) != NULL))
 			km_set_watch(km_set_of(fd), fd);
-		found |= km_file_of(fd) != NULL;
+		found |= km_set_of(fd) || km_file_of(fd);
 	}
 	return found;
 }

@@ -352,8 +352,26 @@ static ssize_t put_count(struct mmsghdr *msg, ssize_t n)
 	return km_result(-EFAULT);
 }
 
-static int receive_many(int fd, struct mmsghdr *msgs, unsigned count, int flags,
-			const struct timespec *timeout)
+/* The kernel looks for an error before the first message, and leaves one that comes
+ * behind a message for the next call. */
+static bool error_first(struct km_file *f, int fd, unsigned i)
+{
+	int err = 0, unread = 0;
+	socklen_t len = sizeof(err);
+
+	if (km_load_acquire(&f->mode) != KM_MODE_CHANNEL)
+		return false;
+	if (i == 0) {
+		km_sys_getsockopt(fd, SOL_SOCKET, SO_ERROR, &err, &len);
+		if (err)
+			errno = err;
+		return err != 0;
+	}
+	return km_stream_failed(fd) && km_stream_inq(f, fd, &unread) == 0 && !unread;
+}
+
+static int receive_many(struct km_file *f, int fd, struct mmsghdr *msgs, unsigned count,
+			int flags, const struct timespec *timeout)
 {
 	struct timespec limit;
 	int64_t deadline = -1;
@@ -367,6 +385,8 @@ static int receive_many(int fd, struct mmsghdr *msgs, unsigned count, int flags,
 		deadline = km_now_ns() + limit.tv_sec * 1000000000LL + limit.tv_nsec;
 	}
 	for (i = 0; i < count; i++) {
+		if (km_unlikely(error_first(f, fd, i)))
+			return i ? (int)i : -1;
 		int more = i && (flags & MSG_WAITFORONE) ? MSG_DONTWAIT : 0;
 		ssize_t n =
 			recvmsg(fd, &msgs[i].msg_hdr, (flags & ~MSG_WAITFORONE) | more);
@@ -377,7 +397,7 @@ static int receive_many(int fd, struct mmsghdr *msgs, unsigned count, int flags,
 				errno = saved;
 			return i ? (int)i : -1;
 		}
-		if (n == 0 || (deadline >= 0 && km_now_ns() >= deadline))
+		if (deadline >= 0 && km_now_ns() >= deadline)
 			return (int)i + 1;
 	}
 	return (int)i;
@@ -396,7 +416,7 @@ KM_EXPORT int recvmmsg(int fd, struct mmsghdr *msgs, unsigned count, int flags,
 				take_received(&msgs[i].msg_hdr);
 		return n;
 	}
-	return receive_many(fd, msgs, count, flags, timeout);
+	return receive_many(f, fd, msgs, count, flags, timeout);
 }
 
 KM_EXPORT int sendmmsg(int fd, struct mmsghdr *msgs, unsigned count, int flags)

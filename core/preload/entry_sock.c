@@ -213,7 +213,8 @@ static void note_option(struct km_file *f, int fd, int name)
 	if (name == SO_RCVLOWAT) {
 		/* As the kernel understood it. */
 		km_sys_getsockopt(fd, SOL_SOCKET, name, &f->conn->lowat, &len);
-		km_event_news(f);
+		if (km_file_level(f, POLLIN) & POLLIN)
+			km_event_news(f, KM_NEWS_DATA);
 	}
 }
 
@@ -234,8 +235,7 @@ KM_EXPORT int setsockopt(int fd, int level, int name, const void *value, socklen
 KM_EXPORT int getsockopt(int fd, int level, int name, void *restrict value,
 			 socklen_t *restrict len)
 {
-	struct km_file *f = NULL;
-	int err, error = 0;
+	struct km_file *f;
 
 	/* It takes bytes from the stream. */
 	if (km_unlikely(level == IPPROTO_TCP && name == TCP_ZEROCOPY_RECEIVE)) {
@@ -243,15 +243,7 @@ KM_EXPORT int getsockopt(int fd, int level, int name, void *restrict value,
 		if (f && km_file_to_kernel(f, fd, KM_REASON_OPTION, false) < 0)
 			return (int)km_result(-ENOPROTOOPT);
 	}
-	err = KM_REAL(getsockopt)(fd, level, name, value, len);
-	if (km_likely(err < 0 || level != SOL_SOCKET || name != SO_ERROR))
-		return err;
-	f = km_file_of(fd);
-	if (f)
-		error = km_stream_error(f);
-	if (km_unlikely(error))
-		km_copy_out(value, &error, KM_MIN(*len, sizeof(error)));
-	return err;
+	return KM_REAL(getsockopt)(fd, level, name, value, len);
 }
 
 KM_EXPORT int getsockname(int fd, struct sockaddr *restrict addr,

@@ -8,7 +8,6 @@
 #include "fd/file.h"
 #include "link/inherit.h"
 #include "preload/fork.h"
-#include "sock/stream.h"
 
 static bool forking; /* under link_lock */
 static pthread_key_t thread_key;
@@ -63,21 +62,6 @@ void km_thread_cleanup(void)
 {
 	pthread_once(&thread_once, make_key);
 	pthread_setspecific(thread_key, &km_thread);
-}
-
-static void finish(int fd, uint64_t entry, void *arg)
-{
-	struct km_file *f = km_fd_object(entry);
-
-	(void)arg;
-	if (km_fd_kind(entry) == KM_FD_FILE && f->fd == fd)
-		km_stream_finish(f, fd);
-}
-
-__attribute__((destructor(101))) static void end(void)
-{
-	if (km_load_relaxed(&km_proc.channels) && !km_thread.bypass)
-		km_fd_each(finish, NULL);
 }
 
 /* pthread_atfork, by the name that libc has it under: weak, because musl has none and

@@ -15,7 +15,12 @@
 #define KM_STALE_WRITES 64
 #define KM_GONE_BITS (POLLRDHUP | POLLHUP | POLLERR)
 
-/* -- kernel.c: the kernel's side of an upgraded socket; none of these blocks ------- */
+/* A message flag of the library's own: the call has moved bytes already, and an error
+ * or end that it meets is left for the next one to tell. */
+#define KM_MSG_MOVED 0x1000000
+
+/* -- kernel.c: the kernel's side of an upgraded socket; none of these blocks.  With
+ * KM_MSG_MOVED, recv is 0 for an end or error that is there, and send an error. ------- */
 
 /* The descriptor to use: after a close under a sleeper the number is not ours. */
 KM_INLINE int km_kernel_fd(const struct km_file *f, int fd)
@@ -80,18 +85,6 @@ ssize_t km_tx_resend(struct km_conn *conn, int fd);
 int km_tx_resend_all(struct km_conn *conn, int fd);
 /* Does what is to be done if the consumer has left; no tx_lock held. */
 void km_tx_look(struct km_file *f, struct km_conn *conn, int fd);
-
-/* -- stream.c: errors behind bytes -------------------------------------------------- */
-
-/* What a call got from the kernel after it already had bytes. */
-void km_error_keep(struct km_conn *conn, ssize_t err);
-/* The error kept, once; 0 when there is none. */
-KM_INLINE ssize_t km_error_take(struct km_conn *conn)
-{
-	if (km_likely(km_load_relaxed(&conn->error) == 0))
-		return 0;
-	return (int32_t)km_swap_seq(&conn->error, 0);
-}
 
 /* -- recv.c --------------------------------------------------------------------------- */
 

@@ -20,7 +20,14 @@ ssize_t km_kernel_recv(int fd, const struct iovec *iov, int iovcnt, int flags)
 {
 	struct msghdr msg = {.msg_iov = (struct iovec *)(uintptr_t)iov,
 			     .msg_iovlen = (size_t)iovcnt};
+	int unread = 0;
 
+	if (km_unlikely(flags & KM_MSG_MOVED)) {
+		flags &= ~KM_MSG_MOVED;
+		km_sys_ioctl(fd, SIOCINQ, &unread);
+		if (unread <= 0)
+			return km_kernel_poll(fd, POLLIN | POLLRDHUP) ? 0 : -EAGAIN;
+	}
 	return km_sys_recvmsg(fd, &msg, (flags & ~MSG_WAITALL) | MSG_DONTWAIT);
 }
 
@@ -29,6 +36,12 @@ ssize_t km_kernel_send(int fd, const struct iovec *iov, int iovcnt, int flags)
 	struct msghdr msg = {.msg_iov = (struct iovec *)(uintptr_t)iov,
 			     .msg_iovlen = (size_t)iovcnt};
 
+	if (km_unlikely(flags & KM_MSG_MOVED)) {
+		flags &= ~KM_MSG_MOVED;
+		flags |= MSG_NOSIGNAL;
+		if (km_kernel_poll(fd, 0) & (POLLERR | POLLHUP))
+			return -EPIPE;
+	}
 	return km_sys_sendmsg(fd, &msg, flags | MSG_DONTWAIT);
 }
 

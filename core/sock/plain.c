@@ -52,10 +52,12 @@ void km_plain_end(const struct km_plain *call, enum km_direction direction, ssiz
 {
 	struct km_file *f = call->f;
 
-	if (!f || f->generation != call->generation)
+	if (!f)
 		return;
+	/* Also when the socket was closed meanwhile: the count is the object's, and
+	 * outlives what the object stands for. */
 	km_sub_seq(&f->busy, 1);
-	if (n <= 0)
+	if (n <= 0 || f->generation != call->generation)
 		return;
 	f->calls++;
 	if (f->last != direction) {

@@ -39,12 +39,12 @@ static ssize_t start_drain(struct km_conn *conn, int fd)
 
 /* The ring is empty: has the kernel something to say?  -EAGAIN: no; 1: look at the
  * ring again; 0: end of file; other: error. */
-static ssize_t ask_kernel(struct km_conn *conn, int fd)
+static ssize_t ask_kernel(struct km_conn *conn, int fd, int flags)
 {
 	uint8_t byte;
 	struct iovec iov = {&byte, 1};
 	uint64_t r = conn->rx.r;
-	ssize_t k = km_kernel_recv(fd, &iov, 1, MSG_PEEK);
+	ssize_t k = km_kernel_recv(fd, &iov, 1, MSG_PEEK | (flags & KM_MSG_MOVED));
 
 	conn->idle_reads = 0;
 	if (k == -EAGAIN)
@@ -58,6 +58,8 @@ static ssize_t ask_kernel(struct km_conn *conn, int fd)
 		return -EPROTO;
 	}
 	km_or_seq(&conn->kernel_bits, POLLRDHUP);
+	if (flags & KM_MSG_MOVED)
+		return k;
 	/* A peer that went without a word, leaving bytes unread, would have been reset
 	 * by the kernel; the kernel does not know of the bytes in the ring. */
 	if (k == 0 && conn->tx_phase != KM_PHASE_KERNEL &&
@@ -115,7 +117,7 @@ static ssize_t recv_ring(struct km_file *f, struct km_conn *conn, int fd,
 	if ((pflags & (KM_P_FIN | KM_P_CLOSED | KM_P_END)) ||
 	    km_load_relaxed(&conn->kernel_bits) ||
 	    ++conn->idle_reads >= KM_IDLE_READS) {
-		n = ask_kernel(conn, fd);
+		n = ask_kernel(conn, fd, flags);
 		return n == 1 ? KM_RETRY : n;
 	}
 	return -EAGAIN;
@@ -128,9 +130,6 @@ static ssize_t recv_once(struct km_file *f, struct km_conn *conn, int fd,
 	struct iovec part[64];
 	ssize_t n;
 
-	n = km_error_take(conn);
-	if (km_unlikely(n < 0))
-		return n;
 	for (;;) {
 		if (km_unlikely(km_load_relaxed(&conn->flags) & KM_CONN_RESET))
 			return -ECONNRESET;
@@ -146,10 +145,8 @@ static ssize_t recv_once(struct km_file *f, struct km_conn *conn, int fd,
 			n = km_kernel_recv(fd, iov, iovcnt, flags);
 			/* A cut that came in between explains an empty socket. */
 			if (n <= 0 && (km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) &
-				       KM_P_CUT)) {
-				km_error_keep(conn, n);
+				       KM_P_CUT))
 				continue;
-			}
 			return n;
 		case KM_PHASE_DRAIN:
 			iovcnt = (int)limit_iov(iov, iovcnt, conn->rx_left, part,
@@ -206,8 +203,7 @@ KM_COLD static ssize_t recv_beyond(struct km_file *f, struct km_conn *conn, int 
 	if ((km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) & KM_P_END) &&
 	    km_sys_ioctl(fd, SIOCATMARK, &mark) == 0 && mark)
 		return n;
-	m = left ? recv_once(f, conn, fd, rest, left, flags) : 0;
-	km_error_keep(conn, m);
+	m = left ? recv_once(f, conn, fd, rest, left, flags | KM_MSG_MOVED) : 0;
 	return m > 0 ? n + m : n;
 }
 
@@ -228,12 +224,11 @@ KM_COLD static ssize_t peek_beyond(struct km_file *f, struct km_conn *conn, int 
 	left = km_iov_advance(iov, iovcnt, (size_t)n, rest);
 	if (left && conn->rx_phase == KM_PHASE_DRAIN && (uint64_t)n == conn->rx_left &&
 	    km_ring_readable(&conn->rx) > 0)
-		m = recv_ring(f, conn, fd, rest, left, flags);
+		m = recv_ring(f, conn, fd, rest, left, flags | KM_MSG_MOVED);
 	else if (left && conn->rx_phase == KM_PHASE_RING &&
 		 (km_load_sync(FLAGS_SEE, &wire->pflags) & KM_P_END) &&
 		 km_load_relaxed(&wire->end) == conn->rx.r + (uint64_t)n)
-		m = km_kernel_recv(fd, rest, left, flags);
-	km_error_keep(conn, m);
+		m = km_kernel_recv(fd, rest, left, flags | KM_MSG_MOVED);
 	return m > 0 ? n + m : n;
 }
 
@@ -261,6 +256,12 @@ void km_recv_settle(struct km_conn *conn, int fd)
 	if (conn->rx_phase == KM_PHASE_KERNEL &&
 	    (km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) & KM_P_CUT))
 		start_drain(conn, fd);
+	/* Back to the kernel, once the ring is empty. */
+	if (conn->rx_phase == KM_PHASE_RING &&
+	    (conn->rx_end == conn->rx.r + 1 ||
+	     ((km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) & KM_P_END) &&
+	      km_load_relaxed(&conn->rx.wire->end) == conn->rx.r)))
+		conn->rx_phase = KM_PHASE_ENDED;
 }
 
 void km_stream_settle(struct km_file *f, int fd)
@@ -298,13 +299,12 @@ ssize_t km_recv(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 		if (!km_side_enter(f, fd, false, w.held, &d, &err))
 			return km_wait_done(f, &w, done ? (ssize_t)done : err);
 		n = recv_through(f, d.conn, km_kernel_fd(f, fd), left ? left : iov,
-				 iovcnt, flags, want - done);
+				 iovcnt, done ? flags | KM_MSG_MOVED : flags,
+				 want - done);
 		if (n == -EPROTO) {
 			km_stream_reset(d.conn);
 			n = -ECONNRESET;
 		}
-		if (km_unlikely(n < 0) && done)
-			km_error_keep(d.conn, n);
 		if (km_unlikely(n == -EAGAIN))
 			km_tx_look(f, d.conn, km_kernel_fd(f, fd));
 		if (n != -EAGAIN ||

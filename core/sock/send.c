@@ -2,6 +2,7 @@
 /* Writing to an upgraded connection. */
 #include <errno.h>
 
+#include "event/event.h"
 #include "link/link.h"
 #include "sock/internal.h"
 
@@ -87,8 +88,7 @@ static ssize_t send_ring(struct km_file *f, struct km_conn *conn, int fd,
 	if (peer_stopped(conn))
 		return KM_RETRY;
 	/* Whoever waits for space by events is told when there is some. */
-	km_or_seq(&conn->tx.wire->prod_wait, KM_WAIT_EVENT);
-	km_fence_seq();
+	km_ask_for_space(f, conn);
 	return km_tx_has_news(conn) ? KM_RETRY : -EAGAIN;
 }
 
@@ -111,10 +111,8 @@ static bool may_cut(struct km_file *f, struct km_conn *conn)
 static ssize_t send_once(struct km_file *f, struct km_conn *conn, int fd,
 			 const struct iovec *iov, int iovcnt, int flags)
 {
-	ssize_t n = km_error_take(conn);
+	ssize_t n;
 
-	if (km_unlikely(n < 0))
-		return n;
 	for (;;) {
 		if (km_unlikely(km_load_relaxed(&conn->flags) & KM_CONN_RESET))
 			return -ECONNRESET;
@@ -164,17 +162,14 @@ ssize_t km_send(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 			km_side_leave(&d);
 			return 0;
 		}
-		/* With bytes to tell of there is no signal yet. */
 		n = send_once(f, d.conn, km_kernel_fd(f, fd), iov, iovcnt,
-			      done ? flags | MSG_NOSIGNAL : flags);
+			      done ? flags | KM_MSG_MOVED : flags);
 		if (n == -EPROTO) {
 			km_stream_reset(d.conn);
 			n = -ECONNRESET;
 		}
 		if (n >= 0)
 			done += (size_t)n;
-		else if (done)
-			km_error_keep(d.conn, n);
 		if (n > 0 && done < want) {
 			/* Goes on even when it must not block: only an attempt that
 			 * finds the ring full asks to be told of space. */

@@ -112,7 +112,8 @@ ssize_t km_splice_out(struct km_file *f, int fd, int pipe, size_t count, unsigne
 	return taken == written ? written : -EIO;
 }
 
-ssize_t km_splice_in(struct km_file *f, int fd, int pipe, size_t count, unsigned flags)
+static ssize_t splice_some(struct km_file *f, int fd, int pipe, size_t count,
+			   unsigned flags)
 {
 	char buf[4096];
 	struct pollfd in = {.fd = pipe, .events = POLLIN};
@@ -140,4 +141,23 @@ ssize_t km_splice_in(struct km_file *f, int fd, int pipe, size_t count, unsigned
 			return done ? done : sent;
 	}
 	return n;
+}
+
+ssize_t km_splice_in(struct km_file *f, int fd, int pipe, size_t count, unsigned flags)
+{
+	ssize_t n = splice_some(f, fd, pipe, count, flags), more = n;
+	size_t done = 0;
+
+	/* What else is in the pipe now goes along, as far as there is room. */
+	while (more > 0) {
+		struct pollfd pfds[2] = {{.fd = pipe, .events = POLLIN},
+					 {.fd = fd, .events = POLLOUT}};
+
+		done += (size_t)more;
+		if (done >= count || km_poll(pfds, 2, 0, NULL) != 2 ||
+		    pfds[0].revents != POLLIN || pfds[1].revents != POLLOUT)
+			break;
+		more = splice_some(f, fd, pipe, count - done, flags);
+	}
+	return done ? (ssize_t)done : n;
 }

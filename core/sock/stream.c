@@ -90,25 +90,9 @@ void km_stream_reset(struct km_conn *conn)
 	       conn->row.fd);
 }
 
-void km_error_keep(struct km_conn *conn, ssize_t err)
+bool km_stream_failed(int fd)
 {
-	switch (err) {
-	case -EAGAIN:
-	case -EINTR:
-	case -EFAULT:
-	case -EPROTO:
-	case -EPIPE: /* no error of the socket: it is said to every write */
-	case KM_RETRY:
-		return;
-	default:
-		if (err < 0)
-			km_store_seq(&conn->error, (uint32_t)err);
-	}
-}
-
-int km_stream_error(struct km_file *f)
-{
-	return f->conn ? (int)-km_error_take(f->conn) : 0;
+	return km_kernel_poll(fd, 0) & POLLERR;
 }
 
 int km_stream_inq(struct km_file *f, int fd, int *bytes)
@@ -122,7 +106,8 @@ int km_stream_inq(struct km_file *f, int fd, int *bytes)
 		return err;
 	km_recv_settle(d.conn, fd);
 	err = 0;
-	if (d.conn->rx_phase != KM_PHASE_RING)
+	if (d.conn->rx_phase != KM_PHASE_RING ||
+	    (km_load_sync(FLAGS_SEE, &d.conn->rx.wire->pflags) & KM_P_END))
 		err = km_sys_ioctl(fd, SIOCINQ, &kernel);
 	/* The ring's bytes count once all of the kernel's are here. */
 	if (d.conn->rx_phase == KM_PHASE_RING ||
@@ -198,6 +183,11 @@ int km_stream_shutdown(struct km_file *f, int fd, int how)
 	if (f->bell)
 		km_bell_kick(f->bell);
 	return 0;
+}
+
+bool km_stream_left(const struct km_file *f)
+{
+	return f->conn && km_tx_left(f->conn);
 }
 
 void km_stream_look(struct km_file *f, int fd)

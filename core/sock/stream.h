@@ -53,8 +53,10 @@ bool km_stream_behind(struct km_file *f, int fd);
  * byte is in the kernel or in the ring, so that readiness can be told. */
 void km_stream_settle(struct km_file *f, int fd);
 
-/* SO_ERROR, as far as it is not the kernel's to tell; 0 or an errno value. */
-int km_stream_error(struct km_file *f);
+/* Does the kernel's socket hold an error that nobody was told of? */
+bool km_stream_failed(int fd);
+/* Has the peer left the ring that f writes, so that km_stream_look has work? */
+bool km_stream_left(const struct km_file *f);
 /* FIONREAD and SIOCOUTQ. */
 int km_stream_inq(struct km_file *f, int fd, int *bytes);
 int km_stream_outq(struct km_file *f, int fd, int *bytes);

@@ -208,8 +208,7 @@ int km_wait_out(struct km_file *f, struct km_conn *conn, int fd, struct km_wait 
 	if (w->naps++ == 0 && !km_signals_mixed())
 		return nap_on_futex(&conn->tx.wire->prod_wait, conn, km_tx_has_news,
 				    left);
-	km_or_seq(&conn->tx.wire->prod_wait, KM_WAIT_EVENT);
-	km_fence_seq();
+	km_ask_for_space(f, conn);
 	if (km_tx_has_news(conn))
 		return 0;
 	return nap_on_bell(f, conn, fd, POLLRDHUP, km_tx_has_news, left);
