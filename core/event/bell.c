@@ -220,7 +220,7 @@ static uint32_t cause_of(struct km_file *f)
 	uint32_t cause = 0;
 	uint64_t w;
 
-	if (!conn || f->scan || km_stream_left(f))
+	if (!conn || km_stream_left(f))
 		return KM_NEWS_ANY;
 	w = km_load_sync(OBSERVE, &conn->rx.wire->wpos);
 	/* SO_RCVLOWAT: until there is enough nobody is told. */

@@ -64,7 +64,8 @@ uint32_t km_file_level(struct km_file *f, uint32_t wanted)
 	}
 	ask = (wanted & POLLPRI) || km_load_relaxed(&conn->kernel_bits) ||
 	      rx != KM_PHASE_RING || tx != KM_PHASE_RING ||
-	      (waiting == 0 && (pflags & (KM_P_FIN | KM_P_CLOSED | KM_P_END)));
+	      (pflags & (KM_P_FIN | KM_P_CLOSED)) ||
+	      (waiting == 0 && (pflags & KM_P_END));
 	if (km_unlikely(ask || conn->idle_reads >= UINT32_MAX / 4)) {
 		struct pollfd pfd = {.fd = f->keep_fd >= 0 ? f->keep_fd : f->fd,
 				     .events = KEPT_BITS | POLLRDHUP | POLLPRI};

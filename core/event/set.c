@@ -11,7 +11,7 @@
 #define REG_CHUNKS 8192 /* of SLAB registrations: over a million */
 
 /* What the kernel tells of an upgraded connection. */
-#define KERNEL_EVENTS (EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET)
+#define KERNEL_EVENTS (EPOLLIN | EPOLLOUT | EPOLLPRI | EPOLLRDHUP | EPOLLET)
 #define ALWAYS (EPOLLERR | EPOLLHUP)
 /* In the low half of a cookie: an epoll set inside this one. */
 #define INNER_COOKIE 0x40000000u
@@ -195,7 +195,7 @@ static int reg_convert(struct km_reg *reg, int op)
 
 	ev.data.u64 = (uint64_t)km_proc.magic << 32 | reg->index;
 	if (op == EPOLL_CTL_ADD && (reg->events & EPOLLEXCLUSIVE))
-		ev.events = (KERNEL_EVENTS & ~(uint32_t)EPOLLRDHUP) | EPOLLEXCLUSIVE;
+		ev.events = (KERNEL_EVENTS & EXCLUSIVE_OK) | EPOLLEXCLUSIVE;
 	/* First of all: a thread that sleeps in the set may get our cookies from the
 	 * next line on, and looks at this count when it wakes.  Pairs with
 	 * km_set_wait_begin too. */
@@ -599,7 +599,7 @@ static bool scan_found(struct km_reg *reg)
 	w = km_load_sync(OBSERVE, &conn->rx.wire->wpos);
 	if (w != reg->seen_w) {
 		reg->seen_w = w;
-		return true;
+		return !(reg->events & EPOLLET) || (reg->events & KM_NEWS_DATA);
 	}
 	return reg->want_space &&
 	       !(km_load_seq(&conn->tx.wire->prod_wait) & KM_WAIT_EVENT);
@@ -782,14 +782,28 @@ bool km_set_look(struct km_set *set, int epfd)
 	return ready;
 }
 
+/* Makes the kernel say that the set is readable.  One without a bell is through the
+ * sets inside it; any of them that has nothing is found out by who looks. */
+static void make_readable(struct km_set *set)
+{
+	if (km_load_seq(&set->bells))
+		km_bell_kick(set->bell[0]);
+	for (uint32_t i = 0; i < set->inners; i++) {
+		struct km_set *inner = km_set_of(set->inner[i].fd);
+
+		if (inner)
+			make_readable(inner);
+	}
+}
+
 void km_set_watch(struct km_set *set, int epfd)
 {
 	enum km_lock_result how;
 	uint32_t bells;
 
 	if (set->mixed) {
-		if (km_set_look(set, epfd) && km_load_seq(&set->bells))
-			km_bell_kick(set->bell[0]);
+		if (km_set_look(set, epfd))
+			make_readable(set);
 		return;
 	}
 	how = km_lock(&set->lock);

@@ -115,6 +115,9 @@ ssize_t km_wait_done(struct km_file *f, struct km_wait *w, ssize_t result);
  * (w->held): what the descriptor said when it came is what counts. */
 bool km_must_not_block(struct km_conn *conn, int fd, int flags,
 		       const struct km_wait *w);
+/* What a call answers when km_side_enter said err: a handler that interrupted the
+ * very call that holds the direction gets EINTR, or EAGAIN where it must not block. */
+int km_side_refused(const struct km_file *f, int fd, int err, int flags);
 
 /* -- iov.c ---------------------------------------------------------------------------- */
 

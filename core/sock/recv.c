@@ -297,7 +297,9 @@ ssize_t km_recv(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 	}
 	for (;;) {
 		if (!km_side_enter(f, fd, false, w.held, &d, &err))
-			return km_wait_done(f, &w, done ? (ssize_t)done : err);
+			return km_wait_done(f, &w,
+					    done ? (ssize_t)done
+						 : km_side_refused(f, fd, err, flags));
 		n = recv_through(f, d.conn, km_kernel_fd(f, fd), left ? left : iov,
 				 iovcnt, done ? flags | KM_MSG_MOVED : flags,
 				 want - done);

@@ -156,7 +156,9 @@ ssize_t km_send(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 		km_link_advance(f, fd);
 	for (;;) {
 		if (!km_side_enter(f, fd, true, w.held, &d, &err))
-			return km_wait_done(f, &w, done ? (ssize_t)done : err);
+			return km_wait_done(f, &w,
+					    done ? (ssize_t)done
+						 : km_side_refused(f, fd, err, flags));
 		if (want == 0 && d.conn->tx_phase == KM_PHASE_RING &&
 		    !peer_stopped(d.conn)) {
 			km_side_leave(&d);

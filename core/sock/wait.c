@@ -259,3 +259,14 @@ bool km_must_not_block(struct km_conn *conn, int fd, int flags, const struct km_
 	km_conn_nonblock(conn, now & O_NONBLOCK);
 	return now & O_NONBLOCK;
 }
+
+int km_side_refused(const struct km_file *f, int fd, int err, int flags)
+{
+	struct km_conn *conn = f->conn;
+	struct km_wait fresh = {0};
+
+	if (err != -EINTR || !conn ||
+	    !km_must_not_block(conn, km_kernel_fd(f, fd), flags, &fresh))
+		return err;
+	return -EAGAIN;
+}

@@ -11,12 +11,16 @@ import socket
 import struct
 
 from tests.conformance.kit import (
+    PATIENCE,
+    PATIENCE_MS,
     Elapsed,
     Epoll,
     Task,
+    connected,
     each,
     expect,
     far_pair,
+    listener,
     pair,
     pattern,
     ping_pong,
@@ -26,6 +30,7 @@ from tests.conformance.kit import (
     receive_pattern,
     send_until_full,
     until,
+    upgrade,
 )
 
 RD, WR, RDWR = socket.SHUT_RD, socket.SHUT_WR, socket.SHUT_RDWR
@@ -533,3 +538,28 @@ def close_in_any_order_of_many() -> None:
         gone.add(id(sock))
         if id(other) not in gone:
             assert other.recv(1) == b""
+
+
+@each("poll", "select")
+def plain_socket_closed_under_a_wait(name: str) -> None:
+    """The wait goes on; what is made meanwhile is none of its business.
+
+    What comes to stand in the place of the closed socket must be as any other: the
+    wait that returns counts itself out of the old one only.
+    """
+    ends, listening = pair(upgraded=False), listener()
+    number = ends.b.fileno()
+    if name == "poll":
+        poller = select.poll()
+        poller.register(number, select.POLLIN)
+        task: Task[object] = Task(poller.poll, PATIENCE_MS).until_asleep()
+    else:
+        task = Task(select.select, [number], [], [], PATIENCE).until_asleep()
+    # Readable as soon as the wait looks again, which the data makes it do.
+    with open(os.devnull) as null:
+        os.dup2(null.fileno(), number)
+    others = [connected(listening) for _ in range(3)]
+    ends.a.send(b"x")
+    task.result()
+    for other in others:
+        upgrade(other)

@@ -266,6 +266,35 @@ def edge_no_report_for_writing() -> None:
         assert epoll.wait(0) == []
 
 
+def edge_of_its_own_kind_only() -> None:
+    """Data is no edge for who waits for room, and room none for who waits for data."""
+    ends, epoll = pair(), Epoll()
+    epoll.add(ends.b, EPOLLOUT | EPOLLET, 7)
+    assert epoll.wait() == [(7, EPOLLOUT)]
+    ends.a.sendall(b"x")
+    poll_one(ends.b, 1)
+    assert epoll.wait(0) == []
+    epoll.mod(ends.b, EPOLLIN | EPOLLET, 8)
+    assert epoll.wait() == [(8, EPOLLIN)]
+    sent = send_until_full(ends.b)
+    receive_pattern(ends.a, sent)
+    assert poll_one(ends.b, 4) == 4
+    assert epoll.wait(0) == []
+
+
+def edge_waits_for_enough() -> None:
+    """SO_RCVLOWAT: too little is no edge, and setting it is none either."""
+    ends, epoll = pair(), Epoll()
+    epoll.add(ends.b, EPOLLIN | EPOLLOUT | EPOLLET, 7)
+    assert epoll.wait() == [(7, EPOLLOUT)]
+    ends.b.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 10)
+    ends.a.sendall(b"12345")
+    assert epoll.wait(10) == []
+    ends.a.sendall(b"67890")
+    assert epoll.wait() == [(7, EPOLLIN | EPOLLOUT)]
+    assert epoll.wait(0) == []
+
+
 def edge_end_of_stream() -> None:
     ends, epoll = pair(), Epoll()
     epoll.add(ends.b, EPOLLIN | EPOLLRDHUP | EPOLLET, 7)

@@ -336,6 +336,123 @@ def nested_set_made_before_the_upgrade() -> None:
     assert inner.wait() == [(1, EPOLLIN)]
 
 
+def nested_set_is_not_ready_for_nothing() -> None:
+    """What happens in another set, or uninteresting things, do not make it ready."""
+    ends, inner, outer, other = pair(), Epoll(), Epoll(), Epoll()
+    inner.add(ends.b, EPOLLIN, 1)
+    outer.add(inner.fd, EPOLLIN, 2)
+    other.add(ends.b, EPOLLOUT, 3)
+    assert outer.wait(0) == []
+    assert other.wait() == [(3, EPOLLOUT)]
+    ends.a.sendall(b"x")
+    assert ends.b.recv(9) == b"x"
+    assert outer.wait(0) == []
+    assert outer.wait(10) == []
+    ends.a.sendall(b"x")
+    assert outer.wait() == [(2, EPOLLIN)]
+
+
+def nested_set_twice_over() -> None:
+    ends, inner, middle, outer = pair(), Epoll(), Epoll(), Epoll()
+    inner.add(ends.b, EPOLLIN, 1)
+    middle.add(inner.fd, EPOLLIN, 2)
+    outer.add(middle.fd, EPOLLIN, 3)
+    for _ in range(3):
+        assert outer.wait(0) == []
+        task = Task(outer.wait, -1).until_asleep()
+        ends.a.sendall(b"x")
+        assert task.result() == [(3, EPOLLIN)]
+        assert poll_one(outer.fd, select.POLLIN, 0) == select.POLLIN
+        assert middle.wait() == [(2, EPOLLIN)]
+        assert inner.wait() == [(1, EPOLLIN)]
+        assert ends.b.recv(1) == b"x"
+        assert poll_one(outer.fd, select.POLLIN, 0) == 0
+
+
+def nested_set_one_shot() -> None:
+    ends, inner, outer = pair(), Epoll(), Epoll()
+    inner.add(ends.b, EPOLLIN, 1)
+    outer.add(inner.fd, EPOLLIN | EPOLLONESHOT, 2)
+    assert outer.wait(0) == []
+    for cookie in range(2, 5):
+        ends.a.sendall(b"x")
+        assert outer.wait() == [(cookie, EPOLLIN)]
+        assert outer.wait(0) == []
+        assert inner.wait() == [(1, EPOLLIN)]
+        assert ends.b.recv(1) == b"x"
+        outer.mod(inner.fd, EPOLLIN | EPOLLONESHOT, cookie + 1)
+        assert outer.wait(0) == []
+
+
+def nested_set_with_any_cookie() -> None:
+    ends, inner, outer = pair(), Epoll(), Epoll()
+    inner.add(ends.b, EPOLLIN, 1)
+    ends.a.sendall(b"x")
+    outer.add(inner.fd, EPOLLIN, 0)
+    for cookie in _COOKIES:
+        outer.mod(inner.fd, EPOLLIN, cookie)
+        assert outer.wait() == [(cookie, EPOLLIN)]
+    outer.remove(inner.fd)
+    assert outer.wait(0) == []
+    assert outer.ctl(outer.MOD, inner.fd, EPOLLIN, 1) == (-1, 2)
+    outer.add(inner.fd, EPOLLIN, 5)
+    assert outer.ctl(outer.ADD, inner.fd, EPOLLIN, 6) == (-1, 17)
+    assert outer.wait() == [(5, EPOLLIN)]
+    events = EPOLLIN | EPOLLEXCLUSIVE
+    assert Epoll().ctl(outer.ADD, inner.fd, events, 1) == (-1, 22)
+
+
+def several_sets_inside_poll() -> None:
+    """Each answers for itself, though one bell may ring for all of them."""
+    ends = pair()
+    sets = [Epoll() for _ in range(3)]
+    sets[0].add(ends.b, EPOLLIN, 1)
+    sets[1].add(ends.b, EPOLLOUT, 1)
+    sets[2].add(ends.a, EPOLLIN, 1)
+    poller = select.poll()
+    for one in sets:
+        poller.register(one.fd, select.POLLIN)
+    assert poller.poll(0) == [(sets[1].fd, select.POLLIN)]
+    sets[1].mod(ends.b, EPOLLIN, 1)
+    assert poller.poll(0) == []
+    assert poller.poll(10) == []
+    ends.b.sendall(b"x")
+    assert poller.poll(8000) == [(sets[2].fd, select.POLLIN)]
+    assert ends.a.recv(1) == b"x"
+    assert poller.poll(0) == []
+
+
+@each(0, EPOLLET)
+def set_inside_poll_with_a_pipe(edge: int) -> None:
+    """What poll learns of the kernel's files is not kept, nor lost."""
+    ends, epoll = pair(), Epoll()
+    reading, writing = os.pipe()
+    epoll.add(ends.b, EPOLLIN, 1)
+    epoll.add(reading, EPOLLIN | edge, 2)
+    assert poll_one(epoll.fd, select.POLLIN, 0) == 0
+    os.write(writing, b"x")
+    for _ in range(3):
+        assert poll_one(epoll.fd, select.POLLIN, 0) == select.POLLIN
+    assert epoll.wait() == [(2, EPOLLIN)]
+    assert epoll.wait(0) == ([] if edge else [(2, EPOLLIN)])
+    os.write(writing, b"x")
+    assert poll_one(epoll.fd, select.POLLIN, 0) == select.POLLIN
+    assert os.read(reading, 9) == b"xx"
+    if not edge:
+        assert poll_one(epoll.fd, select.POLLIN, 0) == 0
+        assert epoll.wait(0) == []
+
+
+def set_inside_poll_after_its_sockets_are_gone() -> None:
+    ends, epoll = pair(), Epoll()
+    epoll.add(ends.b, EPOLLIN | EPOLLET, 1)
+    ends.a.sendall(b"x")
+    readable(ends.b)
+    ends.close()
+    assert poll_one(epoll.fd, select.POLLIN, 0) == 0
+    assert epoll.wait(0) == []
+
+
 def set_inside_poll() -> None:
     ends, epoll = pair(), Epoll()
     epoll.add(ends.b, EPOLLIN, 1)
@@ -392,6 +509,8 @@ def exclusive_cannot_be_modified() -> None:
     other = pair()
     events = EPOLLIN | EPOLLEXCLUSIVE | EPOLLONESHOT
     assert epoll.ctl(epoll.ADD, other.b.fileno(), events, 1) == (-1, 22)
+    events = EPOLLIN | EPOLLEXCLUSIVE
+    assert epoll.ctl(epoll.MOD, other.b.fileno(), events, 1) == (-1, 22)
 
 
 @each("ring", "pipe", "close")
