@@ -159,9 +159,9 @@ KM_EXPORT int shutdown(int fd, int how)
 }
 
 /*
- * Options that a ring cannot honour keep the connection on the kernel.  The answer for
- * one that is on its rings already: what an older kernel says, which programs know to
- * live with; 0 to let the kernel take it.
+ * Options that a ring cannot honour keep the connection on the kernel, or bring it back.
+ * late: the answer when it cannot come back.  That is what an older kernel says, which
+ * programs know to live with; 0 to let the kernel take the option all the same.
  */
 static bool needs_kernel(int level, int name, int *late)
 {
@@ -169,7 +169,7 @@ static bool needs_kernel(int level, int name, int *late)
 	if (level == IPPROTO_TCP) {
 		switch (name) {
 		case TCP_ULP:
-			/* Bytes that are in the rings would go around the cipher. */
+			/* Bytes that are left in a ring would go around the cipher. */
 			*late = -ENOENT;
 			return true;
 		case TCP_REPAIR:

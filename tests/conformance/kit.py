@@ -354,6 +354,48 @@ class Task(Generic[T]):
         return self._value
 
 
+# --- ways to wait for bytes ------------------------------------------------------
+
+
+def _by_recv(sock: socket.socket) -> bytes:
+    return sock.recv(100)
+
+
+def _by_poll(sock: socket.socket) -> bytes:
+    assert poll_one(sock, select.POLLIN, -1) == select.POLLIN
+    return sock.recv(100)
+
+
+def _by_select(sock: socket.socket) -> bytes:
+    assert select.select([sock], [], [])[0] == [sock]
+    return sock.recv(100)
+
+
+def _by_epoll(sock: socket.socket) -> bytes:
+    epoll = Epoll()
+    epoll.add(sock, EPOLLIN, 1)
+    assert epoll.wait(-1) == [(1, EPOLLIN)]
+    return sock.recv(100)
+
+
+def _by_edge(sock: socket.socket) -> bytes:
+    epoll = Epoll()
+    epoll.add(sock, EPOLLIN | EPOLLET, 1)
+    assert epoll.wait(-1) == [(1, EPOLLIN)]
+    return sock.recv(100)
+
+
+def _by_timeout(sock: socket.socket) -> bytes:
+    sock.settimeout(8)
+    try:
+        return sock.recv(100)
+    finally:
+        sock.settimeout(None)
+
+
+SLEEPS = (_by_recv, _by_poll, _by_select, _by_epoll, _by_edge, _by_timeout)
+
+
 class Elapsed:
     """Seconds since it was made."""
 

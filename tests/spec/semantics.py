@@ -70,13 +70,11 @@ SOCKET_OPTIONS: Rows = (
     ("SO_TYPE, SO_DOMAIN, SO_PROTOCOL, SO_ACCEPTCONN, SO_REUSEADDR, SO_REUSEPORT, "
      "SO_PRIORITY, SO_MARK, SO_BINDTODEVICE, SO_INCOMING_CPU, SO_MAX_PACING_RATE, "
      "SO_BUSY_POLL", "FORWARDED", "Without effect on a ring."),
-    ("SO_ZEROCOPY", "PINNED", "Writing goes back to the kernel, which tells of "
-     "completions."),
-    ("SO_PEEK_OFF", "PINNED", "EOPNOTSUPP once upgraded."),
-    ("SO_TIMESTAMP, SO_TIMESTAMPNS, SO_TIMESTAMPING", "PINNED", "Set after the "
-     "upgrade: bytes of a ring have no times."),
-    ("SO_ATTACH_FILTER, SO_ATTACH_BPF", "PINNED", "Attached after the upgrade: bytes "
-     "of a ring do not pass it."),
+    ("SO_ZEROCOPY", "PINNED", "The kernel tells of completions."),
+    ("SO_PEEK_OFF", "PINNED", ""),
+    ("SO_TIMESTAMP, SO_TIMESTAMPNS, SO_TIMESTAMPING", "PINNED", "Bytes that were "
+     "unread in a ring have no times of their own."),
+    ("SO_ATTACH_FILTER, SO_ATTACH_BPF", "PINNED", ""),
 )  # fmt: skip
 TCP_OPTIONS: Rows = (
     ("TCP_INFO", "FORWARDED", "The state is right; counts leave out what went by "
@@ -86,11 +84,11 @@ TCP_OPTIONS: Rows = (
     ("TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT, TCP_USER_TIMEOUT, TCP_LINGER2, "
      "TCP_SYNCNT, TCP_DEFER_ACCEPT, TCP_FASTOPEN, TCP_CONGESTION, TCP_MAXSEG, "
      "TCP_WINDOW_CLAMP", "FORWARDED", "Of the kernel's connection."),
-    ("TCP_ULP", "PINNED", "Kernel TLS. ENOENT once upgraded, as without the module: "
-     "libraries go on in user space."),
-    ("TCP_REPAIR", "PINNED", "EPERM once upgraded."),
-    ("TCP_INQ", "PINNED", "ENOPROTOOPT once upgraded."),
-    ("TCP_ZEROCOPY_RECEIVE", "PINNED", "ENOPROTOOPT once upgraded."),
+    ("TCP_ULP", "PINNED", "Kernel TLS. ENOENT, as without the module, when unread "
+     "bytes are in the ring of a peer that has ended its stream."),
+    ("TCP_REPAIR", "PINNED", "EPERM in that case."),
+    ("TCP_INQ", "PINNED", "ENOPROTOOPT in that case."),
+    ("TCP_ZEROCOPY_RECEIVE", "PINNED", "ENOPROTOOPT in that case."),
 )  # fmt: skip
 REQUESTS: Rows = (
     ("ioctl FIONREAD (SIOCINQ)", "RING", "What the next reads would get."),
@@ -98,8 +96,8 @@ REQUESTS: Rows = (
     ("ioctl SIOCATMARK", "RING", "The kernel's answer, and no byte left in the ring."),
     ("ioctl FIONBIO, fcntl F_SETFL O_NONBLOCK", "FORWARDED", "Also when another "
      "process changes it: the kernel is asked before a call sleeps."),
-    ("ioctl FIOASYNC, fcntl F_SETFL O_ASYNC", "PINNED", "Set after the upgrade: no "
-     "SIGIO for bytes of a ring."),
+    ("ioctl FIOASYNC, fcntl F_SETFL O_ASYNC", "PINNED", "SIGIO is the "
+     "kernel's."),
     ("fcntl F_DUPFD, F_DUPFD_CLOEXEC", "FORWARDED", "The same connection."),
     ("fcntl F_SETOWN, F_SETSIG", "FORWARDED", "SIGURG comes from the kernel."),
     ("all others", "FORWARDED", ""),
@@ -121,7 +119,8 @@ that is on its rings.
 | pinned | forwarded, and the connection stays on the kernel from then on |
 | differs | something about it is not as on the kernel |
 
-An upgraded connection cannot be pinned any more; what happens instead is said there.
+An upgraded connection that is pinned goes back to the kernel at the present byte, with
+all that is still unread in its rings; both programs go on as if nothing had happened.
 
 Whatever the class: results, errno, blocking, EINTR and SA_RESTART, SIGPIPE, and the
 order of bytes, end of file and resets are the kernel's, and `tests/conformance` runs
@@ -137,7 +136,7 @@ and are correct on connections that are not upgraded.
 | what | then |
 |---|---|
 | stdio's own reads and writes | pinned at fdopen |
-| children of system, popen and posix_spawn until they execute | libc's own; they only set up descriptors |
+| children of system and popen | libc's own; the shell must not use an upgraded connection that it inherits |
 | static programs, Go programs, musl programs, setuid and setcap programs | the library is not there, or forwards everything |
 | system calls made inline | on an upgraded connection they act on the kernel's socket: a read finds nothing, a write is a violation for the peer, which resets the connection |
 | io_uring | io_uring_setup through syscall() is answered ENOSYS; libraries that make it inline are not seen |

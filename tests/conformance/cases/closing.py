@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import struct
+from typing import Any
 
 from tests.conformance.kit import (
     PATIENCE,
@@ -552,7 +553,7 @@ def plain_socket_closed_under_a_wait(name: str) -> None:
     if name == "poll":
         poller = select.poll()
         poller.register(number, select.POLLIN)
-        task: Task[object] = Task(poller.poll, PATIENCE_MS).until_asleep()
+        task: Task[Any] = Task(poller.poll, PATIENCE_MS).until_asleep()
     else:
         task = Task(select.select, [number], [], [], PATIENCE).until_asleep()
     # Readable as soon as the wait looks again, which the data makes it do.

@@ -20,11 +20,9 @@ import sys
 from collections.abc import Callable, Iterator
 
 from tests.conformance.kit import (
-    EPOLLET,
-    EPOLLIN,
     PATIENCE_MS,
+    SLEEPS,
     UNDER_KMAP,
-    Epoll,
     Far,
     Peer,
     Task,
@@ -262,42 +260,6 @@ def both_unread(way: _Way) -> None:
         _finish(ends.a)
 
 
-def _by_recv(sock: socket.socket) -> bytes:
-    return sock.recv(100)
-
-
-def _by_poll(sock: socket.socket) -> bytes:
-    assert poll_one(sock, select.POLLIN, -1) == select.POLLIN
-    return sock.recv(100)
-
-
-def _by_select(sock: socket.socket) -> bytes:
-    assert select.select([sock], [], [])[0] == [sock]
-    return sock.recv(100)
-
-
-def _by_epoll(sock: socket.socket) -> bytes:
-    epoll = Epoll()
-    epoll.add(sock, EPOLLIN, 1)
-    assert epoll.wait(-1) == [(1, EPOLLIN)]
-    return sock.recv(100)
-
-
-def _by_edge(sock: socket.socket) -> bytes:
-    epoll = Epoll()
-    epoll.add(sock, EPOLLIN | EPOLLET, 1)
-    assert epoll.wait(-1) == [(1, EPOLLIN)]
-    return sock.recv(100)
-
-
-def _by_timeout(sock: socket.socket) -> bytes:
-    sock.settimeout(8)
-    return sock.recv(100)
-
-
-_SLEEPS = (_by_recv, _by_poll, _by_select, _by_epoll, _by_edge, _by_timeout)
-
-
 def _under_a_sleeper(sleep: Callable[[socket.socket], bytes], way: _Way) -> None:
     _ready_for(way)
     ends = pair()
@@ -309,13 +271,13 @@ def _under_a_sleeper(sleep: Callable[[socket.socket], bytes], way: _Way) -> None
         _finish(ends.a)
 
 
-@each(*_SLEEPS)
+@each(*SLEEPS)
 def peer_sleeps_and_has_to_send_again(sleep: Callable[[socket.socket], bytes]) -> None:
     """Nobody but a thread that waits for the answer can send the question again."""
     _under_a_sleeper(sleep, _popen)
 
 
-@each(*_SLEEPS)
+@each(*SLEEPS)
 def peer_sleeps_while_rights_are_passed(
     sleep: Callable[[socket.socket], bytes],
 ) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import select
 import socket
 from collections.abc import Callable
 
@@ -11,6 +10,7 @@ from tests.conformance.kit import (
     EPOLLET,
     EPOLLIN,
     ROUNDS,
+    SLEEPS,
     UNDER_KMAP,
     Epoll,
     Pair,
@@ -23,7 +23,6 @@ from tests.conformance.kit import (
     pair,
     pattern,
     ping_pong,
-    poll_one,
     receive,
     receive_pattern,
     row_of,
@@ -37,46 +36,7 @@ def _unlike() -> Pair:
         return connected(listening)
 
 
-def _by_recv(sock: socket.socket) -> bytes:
-    return sock.recv(100)
-
-
-def _by_poll(sock: socket.socket) -> bytes:
-    assert poll_one(sock, select.POLLIN, -1) == select.POLLIN
-    return sock.recv(100)
-
-
-def _by_select(sock: socket.socket) -> bytes:
-    assert select.select([sock], [], [])[0] == [sock]
-    return sock.recv(100)
-
-
-def _by_epoll(sock: socket.socket) -> bytes:
-    epoll = Epoll()
-    epoll.add(sock, EPOLLIN, 1)
-    assert epoll.wait(-1) == [(1, EPOLLIN)]
-    return sock.recv(100)
-
-
-def _by_edge(sock: socket.socket) -> bytes:
-    epoll = Epoll()
-    epoll.add(sock, EPOLLIN | EPOLLET, 1)
-    assert epoll.wait(-1) == [(1, EPOLLIN)]
-    return sock.recv(100)
-
-
-def _by_timeout(sock: socket.socket) -> bytes:
-    sock.settimeout(8)
-    try:
-        return sock.recv(100)
-    finally:
-        sock.settimeout(None)
-
-
-_SLEEPS = (_by_recv, _by_poll, _by_select, _by_epoll, _by_edge, _by_timeout)
-
-
-@each(*_SLEEPS)
+@each(*SLEEPS)
 def sleeper_of_the_acceptor(sleep: Callable[[socket.socket], bytes]) -> None:
     """A thread sleeps on b while a keeps receiving from b: b's sleeper must wake.
 
@@ -95,7 +55,7 @@ def sleeper_of_the_acceptor(sleep: Callable[[socket.socket], bytes]) -> None:
     assert_on_ring(ends.b)
 
 
-@each(*_SLEEPS)
+@each(*SLEEPS)
 def sleeper_of_the_connector(sleep: Callable[[socket.socket], bytes]) -> None:
     ends = _unlike()
     task = Task(sleep, ends.a).until_asleep()
@@ -114,7 +74,7 @@ def _all_of(first: bytes, sock: socket.socket, length: int) -> bytes:
     return first + receive(sock, length - len(first))
 
 
-@each(*_SLEEPS)
+@each(*SLEEPS)
 def sleepers_at_both_ends(sleep: Callable[[socket.socket], bytes]) -> None:
     """Both ends sleep, then one writes, which is the first call it makes."""
     ends = _unlike()
@@ -127,7 +87,7 @@ def sleepers_at_both_ends(sleep: Callable[[socket.socket], bytes]) -> None:
     assert_on_ring(ends.a)
 
 
-@each(*_SLEEPS)
+@each(*SLEEPS)
 def sleeper_wakes_for_the_end(sleep: Callable[[socket.socket], bytes]) -> None:
     """The upgrade under a sleeper, then the peer closes without a byte."""
     ends = _unlike()
