@@ -14,17 +14,6 @@
 
 #include "link/inherit.h"
 
-/* A program that the library is perhaps not in may get it, and change its flags. */
-static void inherit(int fd, uint64_t entry, void *arg)
-{
-	struct km_file *f = km_fd_object(entry);
-
-	(void)fd;
-	(void)arg;
-	if (km_fd_kind(entry) == KM_FD_FILE && f->conn)
-		km_or_seq(&f->conn->flags, KM_CONN_FOREIGN);
-}
-
 static void count_out(int fd, uint64_t entry, void *arg)
 {
 	struct km_file *f = km_fd_object(entry);
@@ -162,22 +151,16 @@ KM_EXPORT int posix_spawn_file_actions_adddup2(posix_spawn_file_actions_t *actio
 	return KM_REAL(posix_spawn_file_actions_adddup2)(actions, fd, to);
 }
 
-/* libc starts the shell itself. */
-static void expect_shell(void)
-{
-	if (km_proc.used)
-		km_fd_each(inherit, NULL);
-}
-
+/* libc starts the shell itself, past the names above. */
 KM_EXPORT int system(const char *command)
 {
-	expect_shell();
+	hand_on(NULL, NULL, false);
 	return KM_REAL(system)(command);
 }
 
 KM_EXPORT FILE *popen(const char *command, const char *mode)
 {
-	expect_shell();
+	hand_on(NULL, NULL, false);
 	return KM_REAL(popen)(command, mode);
 }
 

@@ -219,7 +219,8 @@ static ssize_t receive_message(struct km_file *f, int fd, struct msghdr *msg, in
 	if (km_unlikely(msg->msg_iovlen > IOV_MAX ||
 			iov_is_invalid(msg->msg_iov, (int)msg->msg_iovlen)))
 		return km_sys_recvmsg(fd, msg, flags);
-	if (flags & MSG_ERRQUEUE)
+	/* Control data comes by the kernel alone: times, and how much is left. */
+	if ((flags & MSG_ERRQUEUE) || (msg->msg_controllen && km_stream_ended(f)))
 		return km_sys_recvmsg(fd, msg, flags);
 	n = RECV(fd, msg->msg_iov, (int)msg->msg_iovlen, flags);
 	if (n >= 0 && message_out(msg, flags & MSG_CMSG_CLOEXEC) < 0)

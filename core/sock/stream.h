@@ -46,6 +46,9 @@ ssize_t km_splice_out(struct km_file *f, int fd, int pipe, size_t count,
 		      unsigned flags);
 ssize_t km_splice_in(struct km_file *f, int fd, int pipe, size_t count, unsigned flags);
 
+/* Have both directions gone back to the kernel, for good? */
+bool km_stream_ended(const struct km_file *f);
+
 /* Are there bytes of the ring still to be read before those of the kernel? */
 bool km_stream_behind(struct km_file *f, int fd);
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import array
+import ctypes
 import os
 import select
 import signal
@@ -24,8 +25,10 @@ from tests.conformance.kit import (
     far_pair,
     far_upgrade,
     forked,
+    libc,
     listener,
     no_delay,
+    ok,
     on_ring,
     pair,
     pattern,
@@ -416,6 +419,24 @@ sock = socket.socket(fileno=int(sys.argv[1]))
 while data := sock.recv(1000):
     sock.sendall(data)
 """
+
+
+@each("system", "popen")
+def shell_uses_a_connection(how: str) -> None:
+    """A command of system or popen talks over a connection that it inherits."""
+    ends = pair()
+    os.dup2(ends.b.fileno(), 0)
+    echo = Task(lambda: ends.a.sendall(receive(ends.a, 5)))
+    command = 'printf hello >&0; test "$(head -c 5 <&0)" = hello'
+    if how == "system":
+        assert ok("system", command.encode()) == 0
+    else:
+        libc.popen.restype = ctypes.c_void_p
+        stream = libc.popen(command.encode(), b"r")
+        assert libc.pclose(ctypes.c_void_p(stream)) == 0
+    echo.result()
+    ends.b.sendall(b"goes on")
+    assert receive(ends.a, 7) == b"goes on"
 
 
 @each(False, True)
