@@ -99,25 +99,32 @@ KM_EXPORT ssize_t writev(int fd, const struct iovec *iov, int iovcnt)
 			     : SEND(fd, iov, iovcnt, 0));
 }
 
-/* On a socket the offset must be -1, which means that there is none. */
-static int rwf_flags(off64_t offset, int flags, ssize_t *err)
+/* Those that mean nothing on a socket, and the one that does. */
+#define RWF_KNOWN (RWF_HIPRI | RWF_DSYNC | RWF_SYNC | RWF_NOWAIT | RWF_APPEND)
+
+static bool has_bytes(const struct iovec *iov, int iovcnt)
 {
-	*err = offset != -1 ? -ESPIPE : flags & ~RWF_NOWAIT ? -EOPNOTSUPP : 0;
-	return flags & RWF_NOWAIT ? MSG_DONTWAIT : 0;
+	for (int i = 0; i < iovcnt; i++)
+		if (iov[i].iov_len)
+			return true;
+	return false;
 }
 
+/* What is wrong is told in the kernel's order.  On a socket the offset must be -1, which
+ * means that there is none. */
 static ssize_t vector_at(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 			 off64_t offset, int flags, bool out)
 {
-	ssize_t err;
-	int msg_flags = rwf_flags(offset, flags, &err);
+	int msg_flags = flags & RWF_NOWAIT ? MSG_DONTWAIT : 0;
 
-	if (err < 0)
-		return err;
+	if (offset != -1)
+		return offset < 0 ? -EINVAL : -ESPIPE;
 	if (iov_is_invalid(iov, iovcnt))
 		return KM_SYS(readv, fd, iov, iovcnt, 0, 0, 0);
-	if (iovcnt == 0)
+	if (!has_bytes(iov, iovcnt))
 		return 0;
+	if (flags & ~RWF_KNOWN)
+		return -EOPNOTSUPP;
 	return out ? SEND(fd, iov, iovcnt, msg_flags)
 		   : RECV(fd, iov, iovcnt, msg_flags);
 }
@@ -371,20 +378,14 @@ static bool error_first(struct km_file *f, int fd, unsigned i)
 	return km_stream_failed(fd) && km_stream_inq(f, fd, &unread) == 0 && !unread;
 }
 
-static int receive_many(struct km_file *f, int fd, struct mmsghdr *msgs, unsigned count,
-			int flags, const struct timespec *timeout)
+/* As recvmmsg does without a time limit, but until the deadline; *left is what was left
+ * of it after the last message. */
+static int receive_until(struct km_file *f, int fd, struct mmsghdr *msgs,
+			 unsigned count, int flags, int64_t deadline, int64_t *left)
 {
-	struct timespec limit;
-	int64_t deadline = -1;
+	int saved = errno;
 	unsigned i;
 
-	int saved = errno;
-
-	if (timeout) {
-		if (!km_user_get(&limit, timeout, sizeof(limit)))
-			return (int)km_result(-EFAULT);
-		deadline = km_now_ns() + limit.tv_sec * 1000000000LL + limit.tv_nsec;
-	}
 	for (i = 0; i < count; i++) {
 		if (km_unlikely(error_first(f, fd, i)))
 			return i ? (int)i : -1;
@@ -398,10 +399,39 @@ static int receive_many(struct km_file *f, int fd, struct mmsghdr *msgs, unsigne
 				errno = saved;
 			return i ? (int)i : -1;
 		}
-		if (deadline >= 0 && km_now_ns() >= deadline)
-			return (int)i + 1;
+		if (deadline >= 0) {
+			*left = KM_MAX(deadline - km_now_ns(), 0);
+			if (*left == 0)
+				return (int)i + 1;
+		}
 	}
 	return (int)i;
+}
+
+static int receive_many(struct km_file *f, int fd, struct mmsghdr *msgs, unsigned count,
+			int flags, struct timespec *timeout)
+{
+	struct timespec limit;
+	int64_t deadline = -1, left = 0;
+	int n;
+
+	if (timeout) {
+		if (!km_user_get(&limit, timeout, sizeof(limit)))
+			return (int)km_result(-EFAULT);
+		if (limit.tv_sec < 0 || limit.tv_nsec < 0 ||
+		    limit.tv_nsec >= 1000000000)
+			return (int)km_result(-EINVAL);
+		deadline = km_now_ns() +
+			   KM_MIN(limit.tv_sec, 1000000000) * 1000000000LL +
+			   limit.tv_nsec;
+	}
+	n = receive_until(f, fd, msgs, count, flags, deadline, &left);
+	if (n > 0 && timeout) {
+		limit = (struct timespec){left / 1000000000, left % 1000000000};
+		if (km_copy_out(timeout, &limit, sizeof(limit)) < 0)
+			return (int)km_result(-EFAULT);
+	}
+	return n;
 }
 
 KM_EXPORT int recvmmsg(int fd, struct mmsghdr *msgs, unsigned count, int flags,
@@ -432,6 +462,7 @@ KM_EXPORT int sendmmsg(int fd, struct mmsghdr *msgs, unsigned count, int flags)
 			hand_on_rights(&msgs[i].msg_hdr);
 	if (!f || km_load_acquire(&f->mode) == KM_MODE_PINNED)
 		return KM_REAL(sendmmsg)(fd, msgs, count, flags);
+	count = KM_MIN(count, IOV_MAX);
 	for (i = 0; i < count; i++) {
 		ssize_t n = put_count(&msgs[i], sendmsg(fd, &msgs[i].msg_hdr, flags));
 
