@@ -6,6 +6,7 @@
 #include "preload/entry.h"
 
 #include <limits.h>
+#include <linux/sockios.h>
 #include <string.h>
 
 #include "link/held.h"
@@ -367,15 +368,19 @@ static bool error_first(struct km_file *f, int fd, unsigned i)
 	int err = 0, unread = 0;
 	socklen_t len = sizeof(err);
 
-	if (km_load_acquire(&f->mode) != KM_MODE_CHANNEL)
-		return false;
 	if (i == 0) {
 		km_sys_getsockopt(fd, SOL_SOCKET, SO_ERROR, &err, &len);
 		if (err)
 			errno = err;
 		return err != 0;
 	}
-	return km_stream_failed(fd) && km_stream_inq(f, fd, &unread) == 0 && !unread;
+	if (!km_stream_failed(fd))
+		return false;
+	if (km_load_acquire(&f->mode) == KM_MODE_CHANNEL)
+		err = km_stream_inq(f, fd, &unread);
+	else
+		err = km_sys_ioctl(fd, SIOCINQ, &unread);
+	return err == 0 && !unread;
 }
 
 /* As recvmmsg does without a time limit, but until the deadline; *left is what was left
