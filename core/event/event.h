@@ -31,6 +31,7 @@ struct km_reg {
 	struct km_reg *set_next; /* of the set; or of the free list */
 	uint64_t seen_w; /* for files other processes use too: what was reported */
 	bool want_space; /* not writable when last looked at */
+	uint32_t told;	 /* ends and errors that the kernel told of */
 };
 
 #define KM_SET_BELLS 16

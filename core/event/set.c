@@ -531,15 +531,21 @@ void km_set_wait_end(struct km_set *set)
 
 /* Is what the kernel says of its own socket an edge for reg?  It says all that is
  * true now, and does not say what has changed. */
-static bool kernel_edge(const struct km_reg *reg, const struct km_conn *conn,
-			uint32_t events)
+static bool kernel_edge(struct km_reg *reg, const struct km_conn *conn, uint32_t events)
 {
-	if (conn->tx_phase != KM_PHASE_RING ||
-	    (events & ~(uint32_t)(EPOLLIN | EPOLLOUT)))
-		return true;
+	uint32_t gone = events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR);
+	uint32_t cause = KM_NEWS_DATA | KM_NEWS_SPACE;
+	bool changed = gone & ~reg->told;
+
+	reg->told |= gone;
+	/* An end is an edge for everybody. */
+	if (changed || !(reg->events & EPOLLET))
+		return changed || (events & ~(uint32_t)EPOLLOUT) ||
+		       conn->tx_phase != KM_PHASE_RING;
 	/* An idle socket's send buffer has space: no news on a ring. */
-	return (events & EPOLLIN) &&
-	       (!(reg->events & EPOLLET) || (reg->events & KM_NEWS_DATA));
+	if (conn->tx_phase == KM_PHASE_RING)
+		cause = events & ~(uint32_t)EPOLLOUT ? KM_NEWS_DATA : 0;
+	return reg->events & cause;
 }
 
 /* The kernel has news of a connection's own socket. */
