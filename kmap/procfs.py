@@ -227,7 +227,7 @@ def tcp_sockets(pid: int) -> list[TcpSocket] | None:
 
 
 def read_statistics(file: StatisticsFile) -> wire.Statistics | None:
-    """The content of the memfd, or None when its last holder is gone."""
+    """The content of the memfd; None when its last holder is gone, or just making it."""
     try:
         fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -237,6 +237,6 @@ def read_statistics(file: StatisticsFile) -> wire.Statistics | None:
         status = os.fstat(fd)
         if (status.st_dev, status.st_ino) != file.identity:
             return None
-        return wire.read_statistics(fd)
+        return wire.read_statistics(fd) if wire.is_made(fd) else None
     finally:
         os.close(fd)

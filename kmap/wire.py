@@ -174,6 +174,11 @@ def _read_fully(fd: int, length: int, offset: int) -> bytes:
     return raw
 
 
+def is_made(fd: int) -> bool:
+    """Whether the owner has filled in the header, whose magic number it stores last."""
+    return any(os.pread(fd, 8, 0))
+
+
 def read_statistics(fd: int) -> Statistics:
     """Decodes the memfd open at fd; raises NotStatistics if it is something else.
 

@@ -41,7 +41,8 @@ class Collector:
     def statistics(self) -> Iterator[wire.Statistics]:
         """What each of the processes has or had, as it is now."""
         for fd in self._fds.values():
-            yield wire.read_statistics(fd)
+            if wire.is_made(fd):
+                yield wire.read_statistics(fd)
 
     def ring_bytes(self) -> int:
         """Bytes taken from rings and put into rings so far, open or closed."""

@@ -146,6 +146,7 @@ def test_the_decoder_refuses_other_files(image: bytes) -> None:
     fd = os.memfd_create("test-stats")
     try:
         os.write(fd, image)
+        assert wire.is_made(fd) == any(image)
         with pytest.raises(wire.NotStatistics):
             wire.read_statistics(fd)
     finally:
