@@ -227,7 +227,7 @@ def tcp_sockets(pid: int) -> list[TcpSocket] | None:
 
 
 def read_statistics(file: StatisticsFile) -> wire.Statistics | None:
-    """The content of the memfd; None when its last holder is gone, or just making it."""
+    """The content; None when the last holder is gone, or is just making it."""
     try:
         fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
