@@ -183,6 +183,8 @@ _COLUMNS = (
     "connections by ring",
     "bytes by ring",
 )
+# For a terminal of 80 columns.
+_SHORT_COLUMNS = ("suite", "tests", "passed", "skipped", "differ", "rings", "bytes")
 
 
 def _rows(result: Result) -> list[tuple[str, ...]]:
@@ -218,8 +220,8 @@ def _show(result: Result, console: Console) -> None:
         title=f"CPython {result.python} on Linux {result.kernel}, "
         f"{result.repeat} run{'s' if result.repeat > 1 else ''} in each mode"
     )
-    for number, column in enumerate(_COLUMNS):
-        table.add_column(column, justify="right" if number else "left")
+    for number, column in enumerate(_SHORT_COLUMNS):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
     rows = _rows(result)
     for row in rows[:-1]:
         table.add_row(*row)
