@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.properties import programs
-from tests.properties.compare import Judge
+from tests.properties.compare import Executor, Judge, Program
 
 EXAMPLES = sorted(Path(__file__).parent.glob("examples/*.json"))
 PROFILES = {"ci": 200, "nightly": 2000}
@@ -72,3 +72,45 @@ def test_upgraded_in_the_middle(judge: Judge, program: dict[str, Any]) -> None:
 def test_kept_example(judge: Judge, file: Path) -> None:
     """Programs that differed once."""
     judge.check(json.loads(file.read_text()))
+
+
+class _Stub(Executor):
+    """Answers from a list instead of running anything."""
+
+    def __init__(self, answers: dict[str, Any]) -> None:
+        super().__init__("stub")
+        self.answers = answers
+
+    def run(self, program: Program) -> list[Any]:
+        return [self.answers.get(op["op"]) for op in program["ops"]]
+
+
+def test_a_difference_is_found_and_made_small() -> None:
+    judge = Judge()
+    judge.kernel, judge.kmap = _Stub({"give": [1, 0]}), _Stub({"give": [2, 0]})
+    give = {"op": "give", "size": 40000, "call": "writev", "parts": 3}
+    ops = [{"op": "poll"}, give, {"op": "poll"}, {"op": "wait"}]
+    program = {"variant": "two", "nonblock": [True, True], "ops": ops}
+    with pytest.raises(AssertionError, match=r"kernel: \[1, 0\]") as caught:
+        judge.check(program)
+    small = {"op": "give", "size": 0, "call": "send", "parts": 1}
+    want = {"variant": "one", "nonblock": [True, True], "ops": [small]}
+    assert f"program: {want!r}" in str(caught.value)
+
+
+def test_only_the_upgrade_may_add_an_edge() -> None:
+    judge = Judge()
+    judge.kernel = _Stub({"wait": [[1, 4]]})
+    judge.kmap = _Stub({"wait": [[1, 4], [2, 4]]})
+    program = {"variant": "midway", "nonblock": [True, True], "ops": [{"op": "wait"}]}
+    assert judge.difference(program) is None
+    assert judge.difference({**program, "variant": "one"})
+    judge.kmap = _Stub({"wait": []})
+    assert judge.difference(program)
+
+
+def test_a_program_that_does_not_run_is_reported() -> None:
+    judge = Judge()
+    judge.kernel, judge.kmap = _Stub({}), _Stub({"poll": {"hang": "no answer"}})
+    program = {"variant": "one", "nonblock": [True, True], "ops": [{"op": "poll"}]}
+    assert "no answer" in str(judge.difference(program))
