@@ -94,6 +94,10 @@ ssize_t km_splice_out(struct km_file *f, int fd, int pipe, size_t count, unsigne
 	struct timespec now = {0, 0};
 	ssize_t n, written, taken;
 
+	/* Back on the kernel, which has its own ways with urgent data. */
+	km_stream_settle(f, fd);
+	if (f->conn && f->conn->rx_phase == KM_PHASE_ENDED)
+		return KM_SYS(splice, fd, NULL, pipe, NULL, count, flags);
 	/* Look first, so that what the pipe cannot take stays in the ring. */
 	if (flags & SPLICE_F_NONBLOCK) {
 		if (km_sys_poll(&pfd, 1, &now) == 0)
