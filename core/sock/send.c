@@ -78,7 +78,8 @@ static ssize_t send_ring(struct km_file *f, struct km_conn *conn, int fd,
 			km_count(KM_COUNT_GROWS);
 		return n;
 	}
-	if (n < 0)
+	/* Nothing to send, and this was the cut-over. */
+	if (n < 0 || km_iov_total(iov, iovcnt) == 0)
 		return n;
 	if (km_tx_left(conn)) {
 		km_tx_leave(conn);
