@@ -202,10 +202,12 @@ void km_file_pin(struct km_file *f, enum km_reason reason);
 /*
  * Plain or upgraded, f goes on by the kernel for good, and for this reason.  0, -EAGAIN
  * (in a signal handler that interrupted an upgrade), or the error of
- * km_stream_retreat.  May be called by the child of a vfork, as may the next two.
+ * km_stream_retreat.  May be called by the child of a vfork, as may the next ones.
  * take: see there.
  */
 int km_file_to_kernel(struct km_file *f, int fd, enum km_reason reason, bool take);
+/* The child of a vfork has changed O_NONBLOCK of fd. */
+void km_file_flags_unseen(int fd);
 /* Another program is about to get fd: by exec as number to, or in a message (to is
  * KM_BY_MESSAGE).  When unread bytes would be lost in a message the connection is reset;
  * those for an exec are taken care of by the next. */

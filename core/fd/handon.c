@@ -50,6 +50,15 @@ static bool is_still(int fd, const struct km_file *f)
 	return !f->conn || st.st_ino == f->conn->row.inode;
 }
 
+void km_file_flags_unseen(int fd)
+{
+	uint64_t entry = km_fd_peek(fd);
+	struct km_file *f = km_fd_object(entry);
+
+	if (km_fd_kind(entry) == KM_FD_FILE && f->conn)
+		km_or_seq(&f->conn->flags, KM_CONN_FOREIGN);
+}
+
 /* Whoever gets the connection would take the end of the stream for all there was.  An
  * error is the honest answer. */
 static void reset(struct km_file *f, int fd)

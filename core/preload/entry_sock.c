@@ -277,6 +277,8 @@ int km_entry_ioctl(int fd, unsigned long request, void *arg)
 
 	if (km_unlikely(km_thread.bypass) && request == FIONCLEX)
 		km_file_hand_on(fd, fd);
+	if (km_unlikely(km_thread.bypass) && request == FIONBIO)
+		km_file_flags_unseen(fd);
 	if (km_unlikely(f && request == FIOASYNC))
 		km_file_to_kernel(f, fd, KM_REASON_OPTION, false);
 	if (km_likely(!f) || km_load_acquire(&f->mode) != KM_MODE_CHANNEL)
@@ -317,6 +319,8 @@ int km_entry_fcntl(int fd, int cmd, void *arg)
 
 	/* The child of a vfork makes ready what its program gets, while it still has
 	 * all that it takes to wake the peer. */
+	if (km_unlikely(km_thread.bypass) && cmd == F_SETFL)
+		km_file_flags_unseen(fd);
 	if (km_unlikely(km_thread.bypass) &&
 	    ((cmd == F_SETFD && !((uintptr_t)arg & FD_CLOEXEC)) ||
 	     (cmd == F_DUPFD && result >= 0)))

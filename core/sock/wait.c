@@ -239,8 +239,7 @@ ssize_t km_wait_done(struct km_file *f, struct km_wait *w, ssize_t result)
 
 /*
  * O_NONBLOCK belongs to the open file description, which may be shared with processes
- * that the library is not in.  Before a sleep the kernel is asked; before EAGAIN, which
- * event loops come to all the time, only where such a process is known of.
+ * that the library is not in.  Where such a process is known of, the kernel is asked.
  */
 bool km_must_not_block(struct km_conn *conn, int fd, int flags, const struct km_wait *w)
 {
@@ -251,8 +250,8 @@ bool km_must_not_block(struct km_conn *conn, int fd, int flags, const struct km_
 		return true;
 	if (w->held)
 		return false;
-	if ((known & KM_CONN_NONBLOCK) && !(known & KM_CONN_FOREIGN))
-		return true;
+	if (km_likely(!(known & KM_CONN_FOREIGN)))
+		return known & KM_CONN_NONBLOCK;
 	now = km_sys_fcntl(fd, F_GETFL, 0);
 	if (now < 0)
 		return known & KM_CONN_NONBLOCK;

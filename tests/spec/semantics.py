@@ -94,8 +94,8 @@ REQUESTS: Rows = (
     ("ioctl FIONREAD (SIOCINQ)", "RING", "What the next reads would get."),
     ("ioctl SIOCOUTQ (TIOCOUTQ)", "RING", "What the peer has not read yet."),
     ("ioctl SIOCATMARK", "RING", "The kernel's answer, and no byte left in the ring."),
-    ("ioctl FIONBIO, fcntl F_SETFL O_NONBLOCK", "FORWARDED", "Also when another "
-     "process changes it: the kernel is asked before a call sleeps."),
+    ("ioctl FIONBIO, fcntl F_SETFL O_NONBLOCK", "FORWARDED", "Also when a "
+     "process changes it that Kmap is not in: where one may, the kernel is asked."),
     ("ioctl FIOASYNC, fcntl F_SETFL O_ASYNC", "PINNED", "SIGIO is the "
      "kernel's."),
     ("fcntl F_DUPFD, F_DUPFD_CLOEXEC", "FORWARDED", "The same connection."),
