@@ -652,6 +652,10 @@ static int collect(struct km_set *set, struct epoll_event *evs, int max)
 			return n ? n : -EFAULT;
 		}
 		n++;
+		/* What the kernel says of an end that this told of is no news. */
+		if (reg->file->conn)
+			reg->told |= km_load_relaxed(&reg->file->conn->kernel_bits) &
+				     (EPOLLRDHUP | EPOLLHUP | EPOLLERR);
 		if (events & EPOLLONESHOT) {
 			reg->disarmed = true;
 		} else if (!(events & EPOLLET)) {
@@ -852,6 +856,25 @@ static void disarm_all(struct km_set *set, uint32_t bells)
 		km_bell_disarm(set->bell[i]);
 }
 
+/* How often the kernel is asked again at the most. */
+#define OWN_EVENTS 64
+
+/* The kernel's events of now, *k of its last answer.  The library's own must not take
+ * the place of the program's: while they fill evs there may be more. */
+static int kernel_now(struct km_set *set, int epfd, struct epoll_event *evs, int max,
+		      const sigset_t *mask, int *k)
+{
+	for (int i = 0; i < OWN_EVENTS; i++) {
+		int n;
+
+		*k = kernel_wait(epfd, evs, max, 0, mask);
+		n = *k > 0 ? km_set_translate(set, evs, *k) : 0;
+		if (n || *k < max)
+			return n;
+	}
+	return 0;
+}
+
 /* What is ready now when the rings have something: the kernel is asked too, before
  * the rings are looked at, so that a FIN behind the last bytes is one edge. */
 static int found_at_once(struct km_set *set, int epfd, struct epoll_event *evs, int max)
@@ -869,10 +892,8 @@ static int found_at_once(struct km_set *set, int epfd, struct epoll_event *evs, 
 		room = 0;
 	else if (max >= 2)
 		room = KM_MAX(max / 2, 1);
-	if (room) {
-		k = kernel_wait(epfd, evs, room, 0, NULL);
-		n = k > 0 ? km_set_translate(set, evs, k) : 0;
-	}
+	if (room)
+		n = kernel_now(set, epfd, evs, room, NULL, &k);
 	return found_too(set, evs, n, max);
 }
 
@@ -896,10 +917,9 @@ int km_epoll_wait(struct km_set *set, int epfd, struct epoll_event *evs, int max
 		if (n)
 			return n;
 		if (timeout_ns == 0) {
-			k = kernel_wait(epfd, evs, max, 0, mask);
-			if (k <= 0)
+			n = kernel_now(set, epfd, evs, max, mask, &k);
+			if (n == 0 && k < 0)
 				return k;
-			n = km_set_translate(set, evs, k);
 			return found_too(set, evs, n, max);
 		}
 		arm_all(set, &bells);
@@ -922,8 +942,9 @@ int km_epoll_wait(struct km_set *set, int epfd, struct epoll_event *evs, int max
 		n = found_too(set, evs, km_set_translate(set, evs, k), max);
 		if (n || (k == 0 && timeout_ns >= 0))
 			return n;
+		/* Only events of the library's own, and the time is up. */
 		if (deadline > 0 && km_now_ns() >= deadline)
-			return 0;
+			timeout_ns = 0;
 	}
 }
 

@@ -20,8 +20,7 @@ same.  What is left open, and how it is taken out:
 - *SIOCOUTQ* is anything between nothing and all that was sent: the kernel counts what
   is not acknowledged.
 - With ``maxevents`` 1 the *order* of events is open: the program asks until each
-  registration had several turns, and tells which it saw.  An end or a reset may then
-  be told once more (compare.py; a weakness of the library, not of TCP).
+  registration had several turns, and tells which it saw.
 
 A call that the kernel might leave blocked is not made; so one that does not come back
 is a fault, which the watchdog of whoever started this process reports.

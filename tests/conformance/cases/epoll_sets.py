@@ -654,3 +654,20 @@ def echo_server_with_many_clients() -> None:
     for ends in many:
         ends.a.shutdown(socket.SHUT_WR)
     task.result()
+
+
+@each(0, EPOLLET)
+def one_event_at_a_time_and_no_time(edge: int) -> None:
+    """What the library keeps in the set takes no place of the program's events."""
+    ends = [pair() for _ in range(4)]
+    reading, writing = os.pipe()
+    os.write(writing, b"x")
+    for _ in range(3):
+        epoll = Epoll()
+        for number, each_pair in enumerate(ends):
+            epoll.add(each_pair.a, EPOLLIN | edge, number)
+            epoll.add(each_pair.b, EPOLLIN | edge, 10 + number)
+        epoll.add(reading, EPOLLIN, 99)
+        assert epoll.wait(0, most=1) == [(99, EPOLLIN)]
+        assert epoll.wait(0, most=1) == [(99, EPOLLIN)]
+        epoll.close()
