@@ -47,8 +47,9 @@ uint32_t km_file_level(struct km_file *f, uint32_t wanted)
 	if (!conn)
 		return POLLHUP | POLLERR;
 	in = conn->rx.wire;
-	if (km_unlikely(conn->rx_phase == KM_PHASE_KERNEL &&
-			(km_load_sync(FLAGS_SEE, &in->pflags) & KM_P_CUT)))
+	if (km_unlikely((conn->rx_phase == KM_PHASE_KERNEL &&
+			 (km_load_sync(FLAGS_SEE, &in->pflags) & KM_P_CUT)) ||
+			km_stream_taken_back(conn)))
 		km_stream_settle(f, f->fd);
 	km_stream_look(f, f->fd);
 	rx = conn->rx_phase;

@@ -68,6 +68,7 @@ struct km_conn {
 	km_a32 kernel_bits;
 	uint32_t rx_phase, tx_phase; /* enum km_phase, under the direction lock */
 	uint64_t rx_left;
+	bool rx_begun;	    /* the consumer has said so in left */
 	uint64_t rx_end;    /* 1 + position where this end stopped reading, 0: not */
 	uint64_t tx_resend; /* 1 + position of the next byte that the consumer left */
 	struct km_producer tx;

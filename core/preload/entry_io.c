@@ -28,14 +28,25 @@ static bool kernel_pointer_in(const struct iovec *iov, int iovcnt)
 	return false;
 }
 
-/* Like read, readv of nothing is 0 at once. */
-static ssize_t read_vector(struct km_file *f, int fd, const struct iovec *iov,
-			   int iovcnt)
+static bool has_bytes(const struct iovec *iov, int iovcnt)
 {
 	for (int i = 0; i < iovcnt; i++)
 		if (iov[i].iov_len)
-			return RECV(fd, iov, iovcnt, 0);
-	return 0;
+			return true;
+	return false;
+}
+
+/* Of nothing, readv and writev are 0 at once, whatever the state of the stream. */
+static ssize_t read_vector(struct km_file *f, int fd, const struct iovec *iov,
+			   int iovcnt)
+{
+	return has_bytes(iov, iovcnt) ? RECV(fd, iov, iovcnt, 0) : 0;
+}
+
+static ssize_t write_vector(struct km_file *f, int fd, const struct iovec *iov,
+			    int iovcnt)
+{
+	return has_bytes(iov, iovcnt) ? SEND(fd, iov, iovcnt, 0) : 0;
 }
 
 KM_EXPORT ssize_t read(int fd, void *buf, size_t n_)
@@ -97,19 +108,11 @@ KM_EXPORT ssize_t writev(int fd, const struct iovec *iov, int iovcnt)
 	KM_DATA_CALL(fd, KM_OUT, KM_REAL(writev)(fd, iov, iovcnt),
 		     iov_is_invalid(iov, iovcnt)
 			     ? KM_SYS(writev, fd, iov, iovcnt, 0, 0, 0)
-			     : SEND(fd, iov, iovcnt, 0));
+			     : write_vector(f, fd, iov, iovcnt));
 }
 
 /* Those that mean nothing on a socket, and the one that does. */
 #define RWF_KNOWN (RWF_HIPRI | RWF_DSYNC | RWF_SYNC | RWF_NOWAIT | RWF_APPEND)
-
-static bool has_bytes(const struct iovec *iov, int iovcnt)
-{
-	for (int i = 0; i < iovcnt; i++)
-		if (iov[i].iov_len)
-			return true;
-	return false;
-}
 
 /* What is wrong is told in the kernel's order.  On a socket the offset must be -1, which
  * means that there is none. */

@@ -33,9 +33,12 @@
 
 /* struct km_wire_ring.left: which end has left the ring first, by compare-and-swap.
  * What is unread belongs to the consumer when the producer left first, and goes by the
- * kernel, from the position stop on, when the consumer did. */
+ * kernel, from the position stop on, when the consumer did.  Before the consumer's first
+ * look at the ring, a producer that ends its stream takes back all that it wrote. */
 #define KM_LEFT_PRODUCER 1u
 #define KM_LEFT_CONSUMER 2u
+#define KM_LEFT_TAKEN_BACK 3u
+#define KM_LEFT_READING 4u /* nobody has left, and the consumer has begun */
 
 /* struct km_wire_segment.state */
 #define KM_SEG_HELLO 1u	    /* created, the attacher has not answered */

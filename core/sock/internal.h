@@ -76,6 +76,9 @@ KM_INLINE bool km_tx_left_news(const struct km_conn *conn)
 /* This end stops writing its ring.  False: the consumer has left first, and what it
  * left goes by the kernel now (phase DRAIN). */
 bool km_tx_leave(struct km_conn *conn);
+/* The same, for the end of the stream: what a consumer that has not begun to read would
+ * find in the ring goes by the kernel, which keeps it when the socket is given away. */
+bool km_tx_leave_for_good(struct km_conn *conn, int fd);
 /* The same, and the stream goes on by the kernel at the present position. */
 bool km_tx_end(struct km_conn *conn);
 /* In phase DRAIN: sends what the consumer left.  0: done, phase ENDED; -EAGAIN: the
@@ -88,6 +91,9 @@ void km_tx_look(struct km_file *f, struct km_conn *conn, int fd);
 
 /* -- recv.c --------------------------------------------------------------------------- */
 
+/* The first look at the ring.  False: the producer has taken all back, and it comes by
+ * the kernel (phase ENDED). */
+bool km_rx_begin(struct km_conn *conn);
 /* Takes notice of a cut-over by the peer. */
 void km_recv_settle(struct km_conn *conn, int fd);
 

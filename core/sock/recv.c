@@ -71,6 +71,19 @@ static ssize_t ask_kernel(struct km_conn *conn, int fd, int flags)
 	return k;
 }
 
+bool km_rx_begin(struct km_conn *conn)
+{
+	uint32_t seen = 0;
+
+	if (!km_cas_seq(&conn->rx.wire->left, &seen, KM_LEFT_READING) &&
+	    seen == KM_LEFT_TAKEN_BACK) {
+		conn->rx_phase = KM_PHASE_ENDED;
+		return false;
+	}
+	conn->rx_begun = true;
+	return true;
+}
+
 static ssize_t recv_ring(struct km_file *f, struct km_conn *conn, int fd,
 			 const struct iovec *iov, int iovcnt, int flags)
 {
@@ -81,6 +94,8 @@ static ssize_t recv_ring(struct km_file *f, struct km_conn *conn, int fd,
 	uint32_t pflags;
 	ssize_t n;
 
+	if (km_unlikely(!conn->rx_begun) && !km_rx_begin(conn))
+		return KM_RETRY;
 	if (km_unlikely(conn->rx_end)) {
 		/* What lies beyond comes by the kernel. */
 		if (rx->r == conn->rx_end - 1) {
@@ -256,6 +271,8 @@ void km_recv_settle(struct km_conn *conn, int fd)
 	if (conn->rx_phase == KM_PHASE_KERNEL &&
 	    (km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) & KM_P_CUT))
 		start_drain(conn, fd);
+	if (km_unlikely(km_stream_taken_back(conn)))
+		conn->rx_phase = KM_PHASE_ENDED;
 	/* Back to the kernel, once the ring is empty. */
 	if (conn->rx_phase == KM_PHASE_RING &&
 	    (conn->rx_end == conn->rx.r + 1 ||

@@ -19,15 +19,47 @@
 #define PATIENCE_NS 5000000000
 #define LOOK_NS 10000000
 
+/* Who has left: who, if nobody had before. */
+static uint32_t leave(km_a32 *left, uint32_t who)
+{
+	uint32_t seen = 0;
+
+	if (km_cas_seq(left, &seen, who) ||
+	    (seen == KM_LEFT_READING && km_cas_seq(left, &seen, who)))
+		return who;
+	return seen;
+}
+
 bool km_tx_leave(struct km_conn *conn)
+{
+	if (conn->tx_phase == KM_PHASE_RING &&
+	    leave(&conn->tx.wire->left, KM_LEFT_PRODUCER) == KM_LEFT_CONSUMER)
+		conn->tx_phase = KM_PHASE_DRAIN;
+	return conn->tx_phase != KM_PHASE_DRAIN;
+}
+
+/* Does the kernel keep all that is in the ring, though nobody reads? */
+static bool fits_kernel(const struct km_conn *conn, int fd)
+{
+	int room = 0;
+	socklen_t len = sizeof(room);
+
+	/* Half of it is for the kernel's own books. */
+	return km_sys_getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &room, &len) == 0 &&
+	       conn->tx.w < (uint64_t)KM_MAX(room, 0) / 4;
+}
+
+bool km_tx_leave_for_good(struct km_conn *conn, int fd)
 {
 	uint32_t nobody = 0;
 
-	if (conn->tx_phase == KM_PHASE_RING &&
-	    !km_cas_seq(&conn->tx.wire->left, &nobody, KM_LEFT_PRODUCER) &&
-	    nobody == KM_LEFT_CONSUMER)
+	if (conn->tx_phase == KM_PHASE_RING && conn->tx.w &&
+	    km_load_relaxed(&conn->tx.wire->left) == 0 && fits_kernel(conn, fd) &&
+	    km_cas_seq(&conn->tx.wire->left, &nobody, KM_LEFT_TAKEN_BACK)) {
+		conn->tx_resend = 1;
 		conn->tx_phase = KM_PHASE_DRAIN;
-	return conn->tx_phase != KM_PHASE_DRAIN;
+	}
+	return km_tx_leave(conn);
 }
 
 bool km_tx_end(struct km_conn *conn)
@@ -125,15 +157,19 @@ void km_tx_look(struct km_file *f, struct km_conn *conn, int fd)
 static int leave_rx(struct km_conn *conn, int fd, bool take)
 {
 	struct km_wire_ring *wire = conn->rx.wire;
-	uint32_t nobody = 0;
 	int64_t unread;
+	uint32_t left;
 	bool alone;
 
 	km_recv_settle(conn, fd);
 	if (conn->rx_phase == KM_PHASE_ENDED)
 		return 0;
-	alone = !km_cas_seq(&wire->left, &nobody, KM_LEFT_CONSUMER) &&
-		nobody == KM_LEFT_PRODUCER;
+	left = leave(&wire->left, KM_LEFT_CONSUMER);
+	if (left == KM_LEFT_TAKEN_BACK) {
+		conn->rx_phase = KM_PHASE_ENDED;
+		return 0;
+	}
+	alone = left == KM_LEFT_PRODUCER;
 	/* Pairs with the producer's fence between its publication and its look at
 	 * left: either its bytes are seen here, or it sees that they were not. */
 	km_fence_seq();
@@ -201,7 +237,7 @@ void km_stream_finish(struct km_file *f, int fd)
 	how = km_lock(&conn->tx_lock);
 	if (how == KM_LOCK_NESTED)
 		return;
-	if (!km_tx_leave(conn))
+	if (!km_tx_leave_for_good(conn, fd))
 		km_tx_resend_all(conn, fd);
 	km_unlock(&conn->tx_lock, how);
 }

@@ -167,7 +167,7 @@ int km_stream_shutdown(struct km_file *f, int fd, int how)
 	if (how != SHUT_RD) {
 		if (!km_side_enter(f, fd, true, false, &d, &err))
 			return err;
-		if (!km_tx_leave(d.conn))
+		if (!km_tx_leave_for_good(d.conn, fd))
 			km_tx_resend_all(d.conn, fd);
 		/* The flag tells a half close from a death; the kernel's FIN that
 		 * follows wakes the peer. */
@@ -222,7 +222,7 @@ void km_stream_closing(struct km_file *f, int fd)
 	struct km_wire_ring *wire = conn->tx.wire;
 	struct linger linger = {1, 0};
 	enum km_lock_result tx = km_lock(&conn->tx_lock);
-	bool lost = !km_tx_leave(conn) && km_tx_resend_all(conn, fd) < 0;
+	bool lost = !km_tx_leave_for_good(conn, fd) && km_tx_resend_all(conn, fd) < 0;
 
 	km_unlock(&conn->tx_lock, tx);
 	/* The kernel tells the rest, and knows whether another program has the socket. */

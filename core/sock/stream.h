@@ -52,6 +52,13 @@ bool km_stream_ended(const struct km_file *f);
 /* Are there bytes of the ring still to be read before those of the kernel? */
 bool km_stream_behind(struct km_file *f, int fd);
 
+/* Has the peer taken back what it wrote, unnoticed yet? */
+KM_INLINE bool km_stream_taken_back(const struct km_conn *conn)
+{
+	return km_unlikely(!conn->rx_begun) && conn->rx_phase == KM_PHASE_RING &&
+	       km_load_relaxed(&conn->rx.wire->left) == KM_LEFT_TAKEN_BACK;
+}
+
 /* The peer's cut-over may have been seen by nobody yet: works out whether its next
  * byte is in the kernel or in the ring, so that readiness can be told. */
 void km_stream_settle(struct km_file *f, int fd);

@@ -478,6 +478,10 @@ class Row:
     ring_rx: int
     ring_tx: int
 
+    @property
+    def upgraded(self) -> bool:
+        return self.state == _ROW_RING
+
 
 def memfds() -> Iterator[str]:
     """Paths of the statistics memfds that this process has open."""

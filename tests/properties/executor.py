@@ -333,6 +333,8 @@ class Program:
             size = min(1 << 16, MOST)
             result = self.host(i).take(i, slot, "recv", size, MSG_DONTWAIT, 1)
             if result[0] == 0 or (result[0] < 0 and result[1] != 11):
+                if end.reset and peer.loose:
+                    break  # how much of it survives a reset is open
                 return ["drained", peer.loose or self.unread(i), *result[:2]]
             if result[0] < 0:
                 self.host(i).poll("ppoll", i, IN, False)
@@ -340,6 +342,9 @@ class Program:
             told = self._taken(i, result, 0)
             if isinstance(told, list) and told[0] == "WRONG BYTES":
                 return told
+        if end.reset and peer.loose:
+            end.read = peer.sent
+            return "reset"
         if self.unread(i):
             return ["STUCK", self.unread(i)]
         if peer.loose:

@@ -44,7 +44,9 @@ from tests.conformance.kit import (
     reap,
     receive,
     receive_pattern,
+    row_of,
     send_until_full,
+    settings,
     until,
     upgrade,
 )
@@ -350,6 +352,59 @@ def peer_has_ended_its_stream(way: _Way) -> None:
         receive_pattern(ends.a, 40000)
         assert receive(ends.a, 3) == b"end"
         assert ends.a.recv(1) == b""
+
+
+def _untouched() -> tuple[socket.socket, socket.socket]:
+    """A connection that is upgraded, and has not carried a byte.
+
+    The two ends wait for each other for some milliseconds only, so not every one is.
+    """
+    with listener() as listening:
+        for _ in range(200):
+            task = Task(socket.create_connection, listening.getsockname())
+            accepted, _ = listening.accept()
+            client = task.result()
+            # A look at it takes the last step of the upgrade.
+            assert poll_one(accepted, select.POLLIN, 1) == 0
+            row = row_of(accepted)
+            if not UNDER_KMAP or (row is not None and row.upgraded):
+                return client, accepted
+            client.close()
+            accepted.close()
+    raise AssertionError("no connection was upgraded before its first byte")
+
+
+@settings(KMAP_UPGRADE_AFTER="0")
+@each(*_WAYS)
+def nothing_was_ever_read(way: _Way) -> None:
+    """The accepted connection is passed on untouched, and the client has said all."""
+    _ready_for(way)
+    client, accepted = _untouched()
+    client.sendall(pattern(40000))
+    if UNDER_KMAP:
+        row = row_of(client)
+        assert row is not None
+        assert row.ring_tx > 0
+    client.shutdown(socket.SHUT_WR)
+    with way(accepted):
+        receive_pattern(client, 40000)
+        assert receive(client, 3) == b"end"
+        assert client.recv(1) == b""
+
+
+@settings(KMAP_UPGRADE_AFTER="0")
+@each(*SLEEPS)
+def taken_back_under_a_sleeper(sleep: Callable[[socket.socket], bytes]) -> None:
+    """The first read finds everything, whichever way it came."""
+    client, accepted = _untouched()
+    reader = Task(sleep, accepted).until_asleep()
+    client.sendall(b"all there is")
+    client.close()
+    data = reader.result()
+    accepted.settimeout(None)
+    while part := accepted.recv(100):
+        data += part
+    assert data == b"all there is"
 
 
 _COUNT = """
