@@ -127,9 +127,9 @@ static ssize_t recv_ring(struct km_file *f, struct km_conn *conn, int fd,
 		conn->rx_phase = KM_PHASE_ENDED;
 		return KM_RETRY;
 	}
-	if (km_load_relaxed(&conn->flags) & KM_CONN_RD_SHUT)
-		return 0;
-	if ((pflags & (KM_P_FIN | KM_P_CLOSED | KM_P_END)) ||
+	/* Shut down here, the kernel says end of file, or the error that comes first. */
+	if ((km_load_relaxed(&conn->flags) & KM_CONN_RD_SHUT) ||
+	    (pflags & (KM_P_FIN | KM_P_CLOSED | KM_P_END)) ||
 	    km_load_relaxed(&conn->kernel_bits) ||
 	    ++conn->idle_reads >= KM_IDLE_READS) {
 		n = ask_kernel(conn, fd, flags);

@@ -90,6 +90,9 @@ ssize_t km_tx_resend(struct km_conn *conn, int fd)
 
 		if (n < 0)
 			return n;
+		/* An error is for the program's own next call to find. */
+		if (n > 0 && (km_kernel_poll(fd, 0) & (POLLERR | POLLHUP)))
+			n = -EPIPE;
 		if (n > 0)
 			n = km_sys_sendto(fd, from, (size_t)n,
 					  MSG_DONTWAIT | MSG_NOSIGNAL, NULL, 0);
