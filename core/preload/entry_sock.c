@@ -213,7 +213,7 @@ static void note_option(struct km_file *f, int fd, int name)
 	if (name == SO_RCVLOWAT) {
 		/* As the kernel understood it. */
 		km_sys_getsockopt(fd, SOL_SOCKET, name, &f->conn->lowat, &len);
-		if (km_file_level(f, POLLIN) & POLLIN)
+		if ((km_file_level(f, POLLIN) & (POLLIN | POLLERR | POLLHUP)) == POLLIN)
 			km_event_news(f, KM_NEWS_DATA);
 	}
 }

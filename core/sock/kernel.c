@@ -115,7 +115,9 @@ int km_kernel_taken(int fd, uint64_t cut, bool ended, uint64_t *out)
 	}
 	if (err < 0)
 		return err;
+	/* SIOCINQ ends before urgent data, and does not count it. */
 	*out = info.tcpi_bytes_received - (uint64_t)unread -
-	       has_fin(&info, fd, cut, ended);
+	       has_fin(&info, fd, cut, ended) -
+	       (ended && (km_kernel_poll(fd, POLLPRI) & POLLPRI) ? 1 : 0);
 	return 0;
 }

@@ -58,7 +58,7 @@ static ssize_t ask_kernel(struct km_conn *conn, int fd, int flags)
 		return -EPROTO;
 	}
 	km_or_seq(&conn->kernel_bits, POLLRDHUP);
-	if (flags & KM_MSG_MOVED)
+	if ((flags & KM_MSG_MOVED) || (km_load_relaxed(&conn->flags) & KM_CONN_RD_SHUT))
 		return k;
 	/* A peer that went without a word, leaving bytes unread, would have been reset
 	 * by the kernel; the kernel does not know of the bytes in the ring. */
