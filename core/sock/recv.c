@@ -25,8 +25,14 @@ static ssize_t start_drain(struct km_conn *conn, int fd)
 {
 	uint64_t cut = km_load_relaxed(&conn->rx.wire->cut), taken;
 	uint32_t pflags = km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags);
-	int err = km_kernel_taken(fd, cut, pflags & KM_P_END, &taken);
+	int err;
 
+	/* All of the stream comes by the kernel after all. */
+	if (km_load_relaxed(&conn->rx.wire->left) == KM_LEFT_TAKEN_BACK) {
+		conn->rx_phase = KM_PHASE_ENDED;
+		return 0;
+	}
+	err = km_kernel_taken(fd, cut, pflags & KM_P_END, &taken);
 	if (err < 0)
 		return err;
 	if (cut < taken || cut - taken > (uint64_t)1 << 40)
