@@ -88,9 +88,9 @@ static void hand_on(struct km_file *f, int fd, int to, const struct exec *exec)
 	if (!f->conn || (err < 0 && err != -EBUSY) ||
 	    (err == 0 && !km_stream_unread(f->conn, &before)))
 		return;
-	if (memfd)
-		km_inherit_add(f, to, memfd);
-	else if (only)
+	if (memfd && km_inherit_add(f, to, memfd) == 0)
+		return;
+	if (only)
 		reset(f, fd);
 }
 

@@ -137,6 +137,14 @@ bool km_inherit_possible(const char *file, char *const env[])
 
 /* -- the image that goes ---------------------------------------------------------------- */
 
+/* All of it, or an error: a part would be taken for the whole. */
+static ssize_t put(int memfd, const void *bytes, size_t n)
+{
+	ssize_t done = km_sys_write(memfd, bytes, n);
+
+	return done < 0 ? done : (size_t)done == n ? 0 : -ENOSPC;
+}
+
 int km_inherit_add(struct km_file *f, int fd, int *memfd)
 {
 	struct record record = {.magic = RECORD_MAGIC, .fd = fd};
@@ -158,9 +166,9 @@ int km_inherit_add(struct km_file *f, int fd, int *memfd)
 	record.inode = conn->row.inode;
 	record.bytes = bytes;
 	if (n >= 0)
-		n = km_sys_write(*memfd, &record, sizeof(record));
-	if (n >= 0 && bytes)
-		n = km_sys_write(*memfd, iov.iov_base, bytes);
+		n = put(*memfd, &record, sizeof(record));
+	if (n >= 0)
+		n = put(*memfd, iov.iov_base, bytes);
 	munmap(iov.iov_base, KM_MAX(bytes, 1));
 	return n < 0 ? (int)n : 0;
 }
