@@ -31,7 +31,8 @@ struct km_reg {
 	struct km_reg *set_next; /* of the set; or of the free list */
 	uint64_t seen_w; /* for files other processes use too: what was reported */
 	bool want_space; /* not writable when last looked at */
-	uint32_t told;	 /* ends and errors that the kernel told of */
+	uint32_t told;	 /* ends and errors that the program was told of */
+	uint32_t said;	 /* those that the kernel's events have said */
 };
 
 #define KM_SET_BELLS 16

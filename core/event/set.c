@@ -535,9 +535,12 @@ static bool kernel_edge(struct km_reg *reg, const struct km_conn *conn, uint32_t
 {
 	uint32_t gone = events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR);
 	uint32_t cause = KM_NEWS_DATA | KM_NEWS_SPACE;
-	bool changed = gone & ~reg->told;
+	uint32_t first = gone & ~reg->said;
+	/* Told of already, before the kernel came to say so.  Once it has, another event
+	 * of the same bits is news: a reset of an end that was hung up. */
+	bool changed = gone && !(first && !(first & ~reg->told));
 
-	reg->told |= gone;
+	reg->said |= gone;
 	/* An end is an edge for everybody. */
 	if (changed || !(reg->events & EPOLLET))
 		return changed || (events & ~(uint32_t)EPOLLOUT) ||
@@ -652,7 +655,7 @@ static int collect(struct km_set *set, struct epoll_event *evs, int max)
 			return n ? n : -EFAULT;
 		}
 		n++;
-		/* What the kernel says of an end that this told of is no news. */
+		/* The kernel's own event of an end that this tells of is no news. */
 		if (reg->file->conn)
 			reg->told |= km_load_relaxed(&reg->file->conn->kernel_bits) &
 				     (EPOLLRDHUP | EPOLLHUP | EPOLLERR);

@@ -171,10 +171,8 @@ int km_stream_shutdown(struct km_file *f, int fd, int how)
 			km_tx_resend_all(d.conn, fd);
 		/* The flag tells a half close from a death; the kernel's FIN that
 		 * follows wakes the peer. */
-		if (km_load_relaxed(&d.conn->tx.wire->pflags) & KM_P_CUT)
-			km_store_sync(FLAGS_SET, &d.conn->tx.wire->pflags,
-				      km_load_relaxed(&d.conn->tx.wire->pflags) |
-					      KM_P_FIN);
+		km_store_sync(FLAGS_SET, &d.conn->tx.wire->pflags,
+			      km_load_relaxed(&d.conn->tx.wire->pflags) | KM_P_FIN);
 		d.conn->tx_phase = KM_PHASE_ENDED;
 		km_side_leave(&d);
 	}
