@@ -151,6 +151,10 @@ uint32_t km_file_level(struct km_file *f, uint32_t wanted);
 #define KM_NEWS_SPACE (EPOLLOUT | EPOLLWRNORM | EPOLLWRBAND)
 #define KM_NEWS_ANY UINT32_MAX
 void km_event_news(struct km_file *f, uint32_t cause);
+
+/* The kernel is about to say once more what it has said of f's end, for cause: no news
+ * for registrations that are not interested in it. */
+void km_event_expect(struct km_file *f, uint32_t cause);
 /* f's peer is to tell when there is space in the ring. */
 void km_ask_for_space(struct km_file *f, struct km_conn *conn);
 /* f has become a channel: its registrations become ours.  0 or an error, after

@@ -102,6 +102,23 @@ static void ready_again(struct km_reg *reg)
 	ready_push(reg);
 }
 
+void km_event_expect(struct km_file *f, uint32_t cause)
+{
+	for (struct km_reg *reg = f->regs; reg; reg = reg->next) {
+		struct km_set *set = reg->set;
+		enum km_lock_result how;
+
+		if (!set)
+			continue;
+		how = km_lock(&set->lock);
+		if (reg->set == set && !(reg->events & cause)) {
+			reg->told |= reg->said;
+			reg->said = 0;
+		}
+		km_unlock(&set->lock, how);
+	}
+}
+
 void km_event_news(struct km_file *f, uint32_t cause)
 {
 	for (struct km_reg *reg = f->regs; reg; reg = reg->next) {
@@ -536,9 +553,9 @@ static bool kernel_edge(struct km_reg *reg, const struct km_conn *conn, uint32_t
 	uint32_t gone = events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR);
 	uint32_t cause = KM_NEWS_DATA | KM_NEWS_SPACE;
 	uint32_t first = gone & ~reg->said;
-	/* Told of already, before the kernel came to say so.  Once it has, another event
-	 * of the same bits is news: a reset of an end that was hung up. */
-	bool changed = gone && !(first && !(first & ~reg->told));
+	/* Told of already, before the kernel came to say so?  Once it has, another event
+	 * of a socket that is hung up is news: its reset. */
+	bool changed = first ? first & ~reg->told : gone & EPOLLHUP;
 
 	reg->said |= gone;
 	/* An end is an edge for everybody. */

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <linux/sockios.h>
 
+#include "event/event.h"
 #include "link/link.h"
 #include "sock/internal.h"
 
@@ -298,6 +299,13 @@ void km_stream_settle(struct km_file *f, int fd)
 	km_side_leave(&d);
 }
 
+static bool counts_bytes(const struct km_file *f)
+{
+	const struct km_conn *conn = f->conn;
+
+	return conn && conn->lowat > 1 && f->bell;
+}
+
 ssize_t km_recv(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 		int flags)
 {
@@ -312,6 +320,9 @@ ssize_t km_recv(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 		return km_kernel_recv(fd, iov, iovcnt, flags);
 	if (km_unlikely(f->link_state == KM_LINK_HELLO))
 		km_link_advance(f, fd);
+	/* Whether there was enough to tell of is seen only before it is taken. */
+	if (km_unlikely(counts_bytes(f)))
+		km_bell_drain(f->bell);
 	if (km_unlikely(flags & MSG_TRUNC)) {
 		/* TCP's meaning: throw the bytes away. */
 		discard = (struct iovec){NULL, want};
