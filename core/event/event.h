@@ -33,6 +33,7 @@ struct km_reg {
 	bool want_space; /* not writable when last looked at */
 	uint32_t told;	 /* ends and errors that the program was told of */
 	uint32_t said;	 /* those that the kernel's events have said */
+	bool stale;	 /* the kernel's next event may say nothing new */
 };
 
 #define KM_SET_BELLS 16
@@ -152,9 +153,9 @@ uint32_t km_file_level(struct km_file *f, uint32_t wanted);
 #define KM_NEWS_ANY UINT32_MAX
 void km_event_news(struct km_file *f, uint32_t cause);
 
-/* The kernel is about to say once more what it has said of f's end, for cause: no news
- * for registrations that are not interested in it. */
-void km_event_expect(struct km_file *f, uint32_t cause);
+/* The kernel says once more, because of SO_RCVLOWAT, that the stream of f's peer has
+ * ended: no news for registrations that are not interested in data. */
+void km_event_ended_again(struct km_file *f);
 /* f's peer is to tell when there is space in the ring. */
 void km_ask_for_space(struct km_file *f, struct km_conn *conn);
 /* f has become a channel: its registrations become ours.  0 or an error, after

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Readiness of one connection, and poll(2) over some of them. */
 #include <errno.h>
+#include <linux/sockios.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
@@ -35,6 +36,16 @@ static uint64_t low_water(const struct km_conn *conn)
 	return KM_MAX(KM_MIN((uint64_t)KM_MAX(conn->lowat, 0), most), 1);
 }
 
+/* Bytes behind the ring's that came by the kernel count towards SO_RCVLOWAT. */
+KM_COLD static uint64_t kernel_bytes(int fd, uint32_t bits)
+{
+	int n = 0;
+
+	km_sys_ioctl(fd, SIOCINQ, &n);
+	/* An urgent byte ends that count, and is not in it. */
+	return (uint64_t)KM_MAX(n, 0) + (bits & POLLPRI ? 1 : 0);
+}
+
 /* No lock is held: another thread may move either position meanwhile, which makes
  * the answer as old as any answer of poll. */
 uint32_t km_file_level(struct km_file *f, uint32_t wanted)
@@ -66,7 +77,7 @@ uint32_t km_file_level(struct km_file *f, uint32_t wanted)
 	ask = (wanted & POLLPRI) || km_load_relaxed(&conn->kernel_bits) ||
 	      rx != KM_PHASE_RING || tx != KM_PHASE_RING ||
 	      (pflags & (KM_P_FIN | KM_P_CLOSED)) ||
-	      (waiting == 0 && (pflags & KM_P_END));
+	      ((waiting == 0 || conn->lowat > 1) && (pflags & KM_P_END));
 	if (km_unlikely(ask || conn->idle_reads >= UINT32_MAX / 4)) {
 		struct pollfd pfd = {.fd = f->keep_fd >= 0 ? f->keep_fd : f->fd,
 				     .events = KEPT_BITS | POLLRDHUP | POLLPRI};
@@ -77,6 +88,8 @@ uint32_t km_file_level(struct km_file *f, uint32_t wanted)
 		if (kernel & GONE_BITS)
 			km_or_seq(&conn->kernel_bits, kernel & GONE_BITS);
 		bits |= kernel & (GONE_BITS | POLLPRI);
+		if (km_unlikely(conn->lowat > 1) && waiting && (pflags & KM_P_END))
+			waiting += kernel_bytes(pfd.fd, kernel);
 	}
 	/* An end of file or error shows as readable, on the kernel as here. */
 	if (kernel & POLLIN)

@@ -102,7 +102,7 @@ static void ready_again(struct km_reg *reg)
 	ready_push(reg);
 }
 
-void km_event_expect(struct km_file *f, uint32_t cause)
+void km_event_ended_again(struct km_file *f)
 {
 	for (struct km_reg *reg = f->regs; reg; reg = reg->next) {
 		struct km_set *set = reg->set;
@@ -111,9 +111,10 @@ void km_event_expect(struct km_file *f, uint32_t cause)
 		if (!set)
 			continue;
 		how = km_lock(&set->lock);
-		if (reg->set == set && !(reg->events & cause)) {
+		if (reg->set == set && !(reg->events & KM_NEWS_DATA)) {
 			reg->told |= reg->said;
 			reg->said = 0;
+			reg->stale = true;
 		}
 		km_unlock(&set->lock, how);
 	}
@@ -557,7 +558,14 @@ static bool kernel_edge(struct km_reg *reg, const struct km_conn *conn, uint32_t
 	 * of a socket that is hung up is news: its reset. */
 	bool changed = first ? first & ~reg->told : gone & EPOLLHUP;
 
+	bool stale = reg->stale && !changed;
+
 	reg->said |= gone;
+	reg->stale = false;
+	/* Unless it is also about room, which is told of where there was none. */
+	if (stale && !reg->want_space &&
+	    !(km_load_relaxed(&conn->flags) & KM_CONN_NOSPACE))
+		return false;
 	/* An end is an edge for everybody. */
 	if (changed || !(reg->events & EPOLLET))
 		return changed || (events & ~(uint32_t)EPOLLOUT) ||

@@ -243,6 +243,9 @@ KM_COLD static ssize_t peek_beyond(struct km_file *f, struct km_conn *conn, int 
 	int left;
 
 	km_recv_settle(conn, fd);
+	/* The producer took back what it had put behind them: all is the kernel's. */
+	if (conn->rx_phase == KM_PHASE_ENDED)
+		return KM_MAX(n, km_kernel_recv(fd, iov, iovcnt, flags));
 	left = km_iov_advance(iov, iovcnt, (size_t)n, rest);
 	if (left && conn->rx_phase == KM_PHASE_DRAIN && (uint64_t)n == conn->rx_left &&
 	    km_ring_readable(&conn->rx) > 0)

@@ -109,6 +109,16 @@ static bool may_cut(struct km_file *f, struct km_conn *conn)
 	}
 }
 
+static ssize_t by_kernel(struct km_conn *conn, int fd, const struct iovec *iov,
+			 int iovcnt, int flags)
+{
+	ssize_t n = km_kernel_send(fd, iov, iovcnt, flags);
+
+	if (km_unlikely(n < 0 || (size_t)n < km_iov_total(iov, iovcnt)))
+		km_or_seq(&conn->flags, KM_CONN_NOSPACE);
+	return n;
+}
+
 static ssize_t send_once(struct km_file *f, struct km_conn *conn, int fd,
 			 const struct iovec *iov, int iovcnt, int flags)
 {
@@ -126,14 +136,14 @@ static ssize_t send_once(struct km_file *f, struct km_conn *conn, int fd,
 			    !(flags & MSG_OOB) && km_iov_total(iov, iovcnt) &&
 			    cut_tx(conn, fd) == 0)
 				continue;
-			return km_kernel_send(fd, iov, iovcnt, flags);
+			return by_kernel(conn, fd, iov, iovcnt, flags);
 		case KM_PHASE_DRAIN:
 			n = km_tx_resend(conn, fd);
 			if (n < 0)
 				return n;
 			continue;
 		case KM_PHASE_ENDED:
-			return km_kernel_send(fd, iov, iovcnt, flags);
+			return by_kernel(conn, fd, iov, iovcnt, flags);
 		case KM_PHASE_RING:
 			n = send_ring(f, conn, fd, iov, iovcnt);
 			if (n == KM_RETRY)

@@ -55,7 +55,8 @@ bool km_stream_behind(struct km_file *f, int fd);
 /* Has the peer taken back what it wrote, unnoticed yet? */
 KM_INLINE bool km_stream_taken_back(const struct km_conn *conn)
 {
-	return km_unlikely(!conn->rx_begun) && conn->rx_phase == KM_PHASE_RING &&
+	return km_unlikely(!conn->rx_begun) &&
+	       (conn->rx_phase == KM_PHASE_RING || conn->rx_phase == KM_PHASE_DRAIN) &&
 	       km_load_relaxed(&conn->rx.wire->left) == KM_LEFT_TAKEN_BACK;
 }
 
