@@ -31,6 +31,8 @@ ssize_t km_kernel_recv(int fd, const struct iovec *iov, int iovcnt, int flags);
 ssize_t km_kernel_send(int fd, const struct iovec *iov, int iovcnt, int flags);
 /* revents, 0 when nothing is ready. */
 uint32_t km_kernel_poll(int fd, short events);
+/* Will conn's ring not be written any more, or never? */
+bool km_tx_by_kernel(const struct km_conn *conn);
 /* Bytes ever handed to the kernel on this socket. */
 int km_kernel_sent(int fd, uint64_t *out);
 /* Bytes ever taken from the kernel, for a peer that cut over at cut and has, or has

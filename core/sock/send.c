@@ -49,6 +49,12 @@ static bool peer_stopped(const struct km_conn *conn)
 	       km_load_relaxed(&conn->kernel_bits);
 }
 
+bool km_tx_by_kernel(const struct km_conn *conn)
+{
+	return conn->tx_phase == KM_PHASE_ENDED ||
+	       (conn->tx_phase == KM_PHASE_KERNEL && peer_stopped(conn));
+}
+
 /* Bytes were published: wakes the consumer, unless it has left without seeing them. */
 static void published(struct km_file *f, struct km_conn *conn, int fd)
 {
@@ -213,7 +219,9 @@ ssize_t km_send_from(struct km_file *f, int fd, int in, off64_t *offset, size_t 
 
 	if (!km_side_enter(f, fd, true, false, &d, &err))
 		return KM_RETRY;
-	if (d.conn->tx_phase == KM_PHASE_RING && !peer_stopped(d.conn) &&
+	if (d.conn->tx_phase == KM_PHASE_RING && km_unlikely(peer_stopped(d.conn)))
+		km_tx_end(d.conn);
+	if (d.conn->tx_phase == KM_PHASE_RING &&
 	    !(km_load_relaxed(&d.conn->flags) & KM_CONN_RESET)) {
 		space = km_ring_space(&d.conn->tx, count, &at);
 		if (space > 0)

@@ -58,6 +58,13 @@ ssize_t km_sendfile(struct km_file *f, int fd, int in, off64_t *offset, size_t c
 			result = direct;
 			break;
 		}
+		/* Back on the kernel, which knows how much of it a reset leaves. */
+		if (f->conn && km_tx_by_kernel(f->conn)) {
+			result = KM_SYS(sendfile, fd, in, offset ? &at : NULL,
+					count - done, 0, 0);
+			done += (size_t)KM_MAX(result, 0);
+			break;
+		}
 		/* Not the fast case: through a buffer, and km_send for all the rest. */
 		size_t want = KM_MIN(count - done, sizeof(buf));
 		ssize_t n = take(in, offset ? &at : NULL, buf, want), sent;

@@ -117,6 +117,7 @@ class End:
         self.closed = False
         self.reset = False  # this end should see a reset
         self.loose = False  # more went out than may be compared
+        self.filled = False  # and how much that was is open
         self.urgent = False  # some of what went out was urgent
 
 
@@ -234,6 +235,7 @@ class Program:
             return result
         self.dirty = True
         end.loose |= large
+        end.filled |= large
         if result[0] > 0:
             end.sent += result[0]
             end.urgent |= bool(flags & MSG_OOB)
@@ -303,6 +305,9 @@ class Program:
                 return ["WRONG BYTES", end.read, *result]
             # What was sent before may differ in length, and so where this began.
             result[2] = "as sent"
+        elif count > 0 and peer.filled:
+            # Urgent data takes bytes out of the count, and where they began is open.
+            result[2] = "somewhere"
         if count > 0 and not flags & (MSG_PEEK | MSG_OOB):
             end.read += count
         if peer.loose:
@@ -317,7 +322,7 @@ class Program:
             return "not told"
         self.settle()
         end.sent += self.host(i).fill(i, end.sent)
-        end.loose = self.dirty = True
+        end.loose = end.filled = self.dirty = True
         return "full"
 
     def op_drain(self, op: Op) -> Any:
