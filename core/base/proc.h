@@ -30,6 +30,7 @@
 
 #include "base/atomic.h"
 #include "base/compiler.h"
+#include "base/spin.h"
 #include "base/stats_layout.h"
 #include "base/sys.h"
 
@@ -129,6 +130,7 @@ struct km_thread {
 	int epfd;	/* hidden epoll set for poll, select and long blocking waits */
 	uint32_t bells; /* how many bells epfd listens to */
 	void *bell[16];
+	struct km_spin spin; /* of poll and select */
 	uintptr_t seen_page; /* the program's; see km_readable_by_kernel */
 };
 

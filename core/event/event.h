@@ -68,6 +68,11 @@ struct km_set {
 	bool scan;	   /* some file's news may be taken by another process */
 	struct km_reg *regs;
 	struct km_reg *ready, *ready_tail;
+	struct km_spin spin;
+	uint32_t peer_cpu; /* where a peer was that something was reported of last */
+	uint32_t quick;	   /* turns in a row that came soon and found only rings */
+	int64_t turn_at;   /* when the last turn began */
+	int64_t kernel_at; /* when the kernel was last asked */
 	km_a32 bells;
 	struct km_bell *bell[KM_SET_BELLS]; /* it listens to; its own come first */
 	struct km_set *next_free;
@@ -102,6 +107,10 @@ void km_bell_drop(struct km_file *f);
 /* Counts a sleeper in or out. */
 void km_bell_arm(struct km_bell *bell);
 void km_bell_disarm(struct km_bell *bell);
+/* Looks for news on any of the bells for a while, where the peer that is waited for may
+ * be about to have some.  False: sleep. */
+bool km_bells_spin(struct km_bell *const *bell, uint32_t n, struct km_spin *record,
+		   uint32_t peer_cpu, int64_t left);
 /* Passes the news of a bell on to the registrations it is for. */
 void km_bell_drain(struct km_bell *bell);
 /* Wakes everybody who sleeps on it in this process. */

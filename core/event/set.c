@@ -680,6 +680,9 @@ static int collect(struct km_set *set, struct epoll_event *evs, int max)
 			return n ? n : -EFAULT;
 		}
 		n++;
+		if (reg->file->conn)
+			set->peer_cpu =
+				km_load_relaxed(&reg->file->conn->rx.wire->pcpu);
 		/* The kernel's own event of an end that this tells of is no news. */
 		if (reg->file->conn)
 			reg->told |= km_load_relaxed(&reg->file->conn->kernel_bits) &
@@ -903,6 +906,32 @@ static int kernel_now(struct km_set *set, int epfd, struct epoll_event *evs, int
 	return 0;
 }
 
+/* A busy set's turns follow each other closely, and the kernel has nothing in most of
+ * them.  After many such turns it is asked only now and then. */
+#define QUICK_NS 20000
+#define QUICK_TURNS 16
+#define KERNEL_WAITS_NS 50000
+
+static bool kernel_can_wait(struct km_set *set)
+{
+	int64_t now = km_now_ns();
+	bool quick = now - set->turn_at < QUICK_NS;
+
+	set->turn_at = now;
+	set->quick = quick ? set->quick + 1 : 0;
+	if (set->quick > QUICK_TURNS && now - set->kernel_at < KERNEL_WAITS_NS)
+		return true;
+	set->kernel_at = now;
+	return false;
+}
+
+/* News of the kernel's waits as long. */
+static bool spin(struct km_set *set, int64_t left)
+{
+	return km_bells_spin(set->bell, km_load_seq(&set->bells), &set->spin,
+			     set->peer_cpu, left);
+}
+
 /* What is ready now when the rings have something: the kernel is asked too, before
  * the rings are looked at, so that a FIN behind the last bytes is one edge. */
 static int found_at_once(struct km_set *set, int epfd, struct epoll_event *evs, int max)
@@ -914,6 +943,8 @@ static int found_at_once(struct km_set *set, int epfd, struct epoll_event *evs, 
 		km_bell_drain(set->bell[i]);
 	if (!set->ready && !set->scan)
 		return 0;
+	if (kernel_can_wait(set))
+		return found_too(set, evs, 0, max);
 	/* With room for a few only, the two take turns. */
 	set->kernel_first = !set->kernel_first;
 	if (max < 2 && !set->kernel_first)
@@ -922,6 +953,8 @@ static int found_at_once(struct km_set *set, int epfd, struct epoll_event *evs, 
 		room = KM_MAX(max / 2, 1);
 	if (room)
 		n = kernel_now(set, epfd, evs, room, NULL, &k);
+	if (n)
+		set->quick = 0;
 	return found_too(set, evs, n, max);
 }
 
@@ -929,6 +962,7 @@ int km_epoll_wait(struct km_set *set, int epfd, struct epoll_event *evs, int max
 		  int64_t timeout_ns, const sigset_t *mask)
 {
 	int64_t deadline = timeout_ns > 0 ? km_now_ns() + timeout_ns : timeout_ns;
+	bool spun = false;
 	uint32_t bells;
 	int n, k;
 
@@ -949,6 +983,10 @@ int km_epoll_wait(struct km_set *set, int epfd, struct epoll_event *evs, int max
 			if (n == 0 && k < 0)
 				return k;
 			return found_too(set, evs, n, max);
+		}
+		if (!spun && spin(set, timeout_ns < 0 ? INT64_MAX : timeout_ns)) {
+			spun = true;
+			continue;
 		}
 		arm_all(set, &bells);
 		n = found_here(set, evs, max);

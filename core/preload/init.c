@@ -75,6 +75,7 @@ __attribute__((constructor(101))) static void start(void)
 	int saved = errno;
 
 	km_resolve();
+	km_spin_init();
 	if (!km_proc.disabled)
 		km_options_init();
 	if (km_proc.log_fd > STDERR_FILENO)

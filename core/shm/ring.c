@@ -101,6 +101,29 @@ static int copy_in(struct km_producer *p, uint64_t at, const uint8_t *from, size
 	return err;
 }
 
+/* Relaxed: where a peer runs is a hint. */
+static void note_cpu(km_a32 *field, uint32_t *noted)
+{
+	uint32_t cpu = km_this_cpu();
+
+	if (km_unlikely(cpu != *noted)) {
+		*noted = cpu;
+		km_store_relaxed(field, cpu);
+	}
+}
+
+static void publish(struct km_producer *p)
+{
+	note_cpu(&p->wire->pcpu, &p->cpu);
+	km_store_sync(PUBLISH, &p->wire->wpos, p->w);
+}
+
+static void release_space(struct km_consumer *c)
+{
+	note_cpu(&c->wire->ccpu, &c->cpu);
+	km_store_sync(RELEASE_SPACE, &c->wire->rpos, c->r);
+}
+
 ssize_t km_ring_write(struct km_producer *p, const struct iovec *iov, int iovcnt)
 {
 	uint64_t want = 0, room, at = p->w;
@@ -122,7 +145,7 @@ ssize_t km_ring_write(struct km_producer *p, const struct iovec *iov, int iovcnt
 		return 0;
 	want = at - p->w;
 	p->w = at;
-	km_store_sync(PUBLISH, &p->wire->wpos, at);
+	publish(p);
 	return (ssize_t)want;
 }
 
@@ -141,7 +164,7 @@ ssize_t km_ring_space(struct km_producer *p, size_t want, uint8_t **at)
 void km_ring_produced(struct km_producer *p, size_t n)
 {
 	p->w += n;
-	km_store_sync(PUBLISH, &p->wire->wpos, p->w);
+	publish(p);
 }
 
 /* Reads the producer's position; no more may wait than the largest level. */
@@ -224,7 +247,7 @@ ssize_t km_ring_read(struct km_consumer *c, const struct iovec *iov, int iovcnt,
 		if (level != c->level)
 			enter_level(c, level);
 		c->r = at;
-		km_store_sync(RELEASE_SPACE, &c->wire->rpos, at);
+		release_space(c);
 	}
 	return (ssize_t)done;
 }
@@ -250,7 +273,7 @@ ssize_t km_ring_bytes(struct km_consumer *c, const uint8_t **at)
 void km_ring_consumed(struct km_consumer *c, size_t n)
 {
 	c->r += n;
-	km_store_sync(RELEASE_SPACE, &c->wire->rpos, c->r);
+	release_space(c);
 }
 
 int64_t km_ring_readable(struct km_consumer *c)

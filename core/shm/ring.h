@@ -21,6 +21,7 @@
 #include <stdbool.h>
 #include <sys/uio.h>
 
+#include "base/spin.h"
 #include "shm/wire.h"
 
 struct km_ring_geometry {
@@ -37,6 +38,7 @@ struct km_producer {
 	uint64_t r;	/* consumer's position as last seen */
 	uint32_t level; /* index in geometry */
 	uint32_t size;	/* of the level */
+	uint32_t cpu;	/* as last written to pcpu */
 	uint8_t *base;	/* of the level */
 	struct km_ring_geometry geo;
 };
@@ -48,6 +50,7 @@ struct km_consumer {
 	uint64_t w; /* producer's position as last seen */
 	uint32_t level;
 	uint32_t size;
+	uint32_t cpu; /* as last written to ccpu */
 	uint8_t *base;
 	struct km_ring_geometry geo;
 };

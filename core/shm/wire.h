@@ -13,7 +13,7 @@
 #include "base/compiler.h"
 
 #define KM_WIRE_MAGIC 0x31474553504d414bULL /* "KAMPSEG1" in memory */
-#define KM_WIRE_VERSION 2u
+#define KM_WIRE_VERSION 3u
 #define KM_WIRE_HEADER 4096u /* bytes before the first ring's data */
 
 /* A ring starts at its first size and grows through at most three levels. */
@@ -54,9 +54,11 @@ struct km_wire_ring {
 	km_a64 cut;		  /* bytes sent by the kernel before the ring */
 	km_a64 end;		  /* ring bytes before the kernel takes over again */
 	km_a32 pflags;
+	km_a32 pcpu; /* 1 + the CPU that it last published on; 0: not known */
 	/* written by the consumer */
 	_Alignas(KM_APART) km_a64 rpos; /* bytes ever taken from the ring */
 	km_a64 stop; /* 1 + the position at which the consumer left; 0: not yet */
+	km_a32 ccpu; /* 1 + the CPU that it last took bytes on; 0: not known */
 	/* written by both; rarely changed, so that a look at it hits the cache */
 	_Alignas(KM_APART) km_a32 cons_wait; /* consumer sleeps for bytes */
 	km_a32 prod_wait;		     /* producer sleeps for space */

@@ -64,6 +64,26 @@ bool km_tx_has_news(const struct km_conn *conn)
 		(KM_P_FIN | KM_P_CLOSED));
 }
 
+/* Looks again for a while, where the peer may be about to answer. */
+static bool spin(struct km_spin *record, uint32_t peer_cpu, const struct km_conn *conn,
+		 bool (*has_news)(const struct km_conn *), int64_t left)
+{
+	int64_t time = km_spin_time(record, peer_cpu), until;
+	bool hit = false;
+
+	if (time == 0)
+		return false;
+	until = km_now_ns() + KM_MIN(time, left);
+	do
+		for (int i = 0; i < KM_SPIN_LOOKS && !hit; i++) {
+			km_relax();
+			hit = has_news(conn);
+		}
+	while (!hit && km_now_ns() < until);
+	km_spin_done(record, hit);
+	return hit;
+}
+
 /* A short sleep on a wait word, where the peer's next operation wakes directly. */
 static int nap_on_futex(km_a32 *word, const struct km_conn *conn,
 			bool (*has_news)(const struct km_conn *), int64_t left)
@@ -135,7 +155,11 @@ int km_wait_in(struct km_file *f, struct km_conn *conn, int fd, struct km_wait *
 		events |= conn->tx_resend ? POLLOUT : 0;
 	else if (conn->rx_phase == KM_PHASE_RING && w->naps++ == 0 &&
 		 !km_signals_mixed())
-		return nap_on_futex(&conn->rx.wire->cons_wait, conn, rx_has_news, left);
+		return spin(&conn->spin_in, km_load_relaxed(&conn->rx.wire->pcpu), conn,
+			    rx_has_news, left)
+			       ? 0
+			       : nap_on_futex(&conn->rx.wire->cons_wait, conn,
+					      rx_has_news, left);
 	return nap_on_bell(f, conn, fd, events, rx_has_news, left);
 }
 
@@ -206,8 +230,11 @@ int km_wait_out(struct km_file *f, struct km_conn *conn, int fd, struct km_wait 
 	if (conn->tx_phase != KM_PHASE_RING)
 		return nap_on_bell(f, conn, fd, POLLOUT, km_tx_has_news, left);
 	if (w->naps++ == 0 && !km_signals_mixed())
-		return nap_on_futex(&conn->tx.wire->prod_wait, conn, km_tx_has_news,
-				    left);
+		return spin(&conn->spin_out, km_load_relaxed(&conn->tx.wire->ccpu),
+			    conn, km_tx_has_news, left)
+			       ? 0
+			       : nap_on_futex(&conn->tx.wire->prod_wait, conn,
+					      km_tx_has_news, left);
 	km_ask_for_space(f, conn);
 	if (km_tx_has_news(conn))
 		return 0;
