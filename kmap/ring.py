@@ -216,7 +216,7 @@ class Channel:
     def attach_fds(
         cls, fds: list[int], *, liveness: socket.socket | None = None
     ) -> Channel:
-        """Attaches to the memfd and eventfds that :attr:`fds` of the other end lists.
+        """Attaches to the memfd and doorbells that :attr:`fds` of the other end lists.
 
         The channel owns the descriptors afterwards; on an exception the caller still
         does.
@@ -256,7 +256,7 @@ class Channel:
 
     @property
     def fds(self) -> tuple[int, ...]:
-        """The memfd and the four eventfds, which stay the channel's."""
+        """The memfd and the four doorbells, which stay the channel's."""
         with self._use() as handle:
             fds = native.ChannelFds()
             result = self._lib.kmap_channel_fds(handle, fds)

@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The channel of kmap.h: a segment, four eventfds and this end's cursors. */
+/* The channel of kmap.h: a segment, four latches and this end's cursors. */
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 
 #include "base/sys.h"
 #include "kmap.h"
+#include "shm/latch.h"
 #include "shm/segment.h"
 
 /* How long a sleeper trusts the futex before it waits on descriptors, where it
@@ -20,6 +20,7 @@ struct kmap_channel {
 	struct km_producer tx;
 	struct km_consumer rx;
 	int fds[KMAP_CHANNEL_FDS]; /* memfd, then one bell per sleeper: see bell_fd */
+	int epfd[2]; /* of the reading and the writing thread, once it slept on its bell */
 	int side;
 	int liveness;
 	bool shut; /* the writing thread's */
@@ -58,6 +59,7 @@ static void start(kmap_channel *ch)
 	km_consumer_init(&ch->rx, &ch->seg.wire->ring[rx],
 			 km_segment_data(&ch->seg, rx), ch->seg.ring_size);
 	ch->liveness = -1;
+	ch->epfd[0] = ch->epfd[1] = -1;
 }
 
 int kmap_channel_create(size_t ring_size, kmap_channel **out)
@@ -73,13 +75,13 @@ int kmap_channel_create(size_t ring_size, kmap_channel **out)
 	ch = calloc(1, sizeof(*ch));
 	if (!ch)
 		return -ENOMEM;
+	ch->epfd[0] = ch->epfd[1] = -1;
 	for (int i = 0; i < KMAP_CHANNEL_FDS; i++)
 		ch->fds[i] = -1;
 	err = km_segment_create(&ch->seg, size, &ch->fds[0]);
 	for (int i = 1; i < KMAP_CHANNEL_FDS && err == 0; i++) {
-		ch->fds[i] = km_sys_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-		if (ch->fds[i] < 0)
-			err = ch->fds[i];
+		ch->fds[i] = km_latch_open();
+		err = KM_MIN(ch->fds[i], 0);
 	}
 	if (err < 0) {
 		kmap_channel_close(ch);
@@ -105,15 +107,8 @@ int kmap_channel_attach(const int fds[KMAP_CHANNEL_FDS], kmap_channel **out)
 	if (!ch)
 		return -ENOMEM;
 	err = km_segment_attach(&ch->seg, fds[0]);
-	for (int i = 1; i < KMAP_CHANNEL_FDS && err == 0; i++) {
-		/* A blocking bell would let the peer hang this end. */
-		int flags = km_sys_fcntl(fds[i], F_GETFL, 0);
-
-		if (flags < 0)
-			err = flags;
-		else if (!(flags & O_NONBLOCK))
-			err = -EPROTO;
-	}
+	for (int i = 1; i < KMAP_CHANNEL_FDS && err == 0; i++)
+		err = km_latch_check(fds[i]);
 	if (err < 0) {
 		km_segment_unmap(&ch->seg);
 		free(ch);
@@ -127,11 +122,22 @@ int kmap_channel_attach(const int fds[KMAP_CHANNEL_FDS], kmap_channel **out)
 	return 0;
 }
 
+/* The threads' epoll sets are made anew when they are needed. */
+static void forget_sets(kmap_channel *ch)
+{
+	for (int i = 0; i < 2; i++) {
+		if (ch->epfd[i] >= 0)
+			km_sys_close(ch->epfd[i]);
+		ch->epfd[i] = -1;
+	}
+}
+
 int kmap_channel_set_liveness(kmap_channel *ch, int sock)
 {
 	if (sock >= 0 && km_sys_fcntl(sock, F_GETFD, 0) < 0)
 		return -EBADF;
 	ch->liveness = sock;
+	forget_sets(ch);
 	return 0;
 }
 
@@ -140,7 +146,6 @@ int kmap_channel_set_liveness(kmap_channel *ch, int sock)
 static void wake(kmap_channel *ch, km_a32 *word, int bell)
 {
 	uint32_t flags;
-	uint64_t one = 1;
 
 	km_fence_seq();
 	if (km_likely(km_load_relaxed(word) == 0))
@@ -152,7 +157,7 @@ static void wake(kmap_channel *ch, km_a32 *word, int bell)
 	}
 	if (flags & KM_WAIT_EVENT) {
 		km_add_relaxed(&ch->bells_rung, 1);
-		km_sys_write(bell, &one, sizeof(one));
+		km_latch_ring(bell);
 	}
 }
 
@@ -179,12 +184,40 @@ static int64_t left_ns(int64_t deadline)
 	return KM_MAX(deadline - km_now_ns(), 0);
 }
 
+/* Sleeps until the bell rings or the peer is gone; often at once for nothing. */
+static int nap_on_bell(kmap_channel *ch, int *epfd, int bell, int64_t left)
+{
+	struct epoll_event ev[2] = {{.events = EPOLLIN | EPOLLET},
+				    {.events = EPOLLRDHUP}};
+	int ms = left == INT64_MAX
+			 ? -1
+			 : (int)KM_MIN((left + 999999) / 1000000, INT32_MAX);
+
+	if (*epfd < 0) {
+		*epfd = km_sys_epoll_create(EPOLL_CLOEXEC);
+		if (*epfd >= 0 &&
+		    km_sys_epoll_ctl(*epfd, EPOLL_CTL_ADD, bell, &ev[0]) < 0) {
+			km_sys_close(*epfd);
+			*epfd = -1;
+		}
+		if (*epfd >= 0 && ch->liveness >= 0)
+			km_sys_epoll_ctl(*epfd, EPOLL_CTL_ADD, ch->liveness, &ev[1]);
+	}
+	if (*epfd < 0) {
+		/* No descriptor to be had: look again often. */
+		struct timespec look = {0, 1000000};
+
+		return km_sys_poll(NULL, 0, &look);
+	}
+	return km_sys_epoll_wait(*epfd, ev, 2, ms);
+}
+
 /*
  * One sleep on word, whose flag the caller has set and after which it looked
  * again.  0 (look again), -EINTR, -ETIMEDOUT.  short_nap says that this is the
  * first sleep of the call.
  */
-static int nap(kmap_channel *ch, km_a32 *word, uint32_t flag, int bell,
+static int nap(kmap_channel *ch, km_a32 *word, uint32_t flag, int *epfd, int bell,
 	       int64_t deadline)
 {
 	int64_t left = left_ns(deadline);
@@ -200,17 +233,8 @@ static int nap(kmap_channel *ch, km_a32 *word, uint32_t flag, int bell,
 		err = km_sys_futex_wait(word, KM_WAIT_FUTEX, &ts);
 		return err == -EINTR ? err : 0;
 	}
-	struct pollfd pfds[2] = {{.fd = bell, .events = POLLIN},
-				 {.fd = ch->liveness, .events = POLLRDHUP}};
-
-	ts = (struct timespec){left / 1000000000, left % 1000000000};
 	km_add_relaxed(&ch->bell_sleeps, 1);
-	err = km_sys_poll(pfds, 2, deadline < 0 ? NULL : &ts);
-	if (pfds[0].revents) {
-		uint64_t count;
-
-		km_sys_read(bell, &count, sizeof(count));
-	}
+	err = nap_on_bell(ch, epfd, bell, left);
 	return err == -EINTR ? err : 0;
 }
 
@@ -262,7 +286,7 @@ ssize_t kmap_channel_read(kmap_channel *ch, void *buf, size_t len, int timeout_m
 		if (km_ring_readable(&ch->rx) == 0 &&
 		    !(km_load_sync(FLAGS_SEE, &ring->pflags) &
 		      (KM_P_FIN | KM_P_CLOSED))) {
-			err = nap(ch, &ring->cons_wait, next_flag(naps),
+			err = nap(ch, &ring->cons_wait, next_flag(naps), &ch->epfd[0],
 				  bell_fd(ch, rx, true), deadline);
 			if (err < 0)
 				return err;
@@ -307,7 +331,7 @@ ssize_t kmap_channel_write(kmap_channel *ch, const void *buf, size_t len,
 		km_fence_seq();
 		if (km_ring_writable(&ch->tx) == 0 &&
 		    !(km_load_sync(FLAGS_SEE, &ch->rx.wire->pflags) & KM_P_CLOSED)) {
-			err = nap(ch, &ring->prod_wait, next_flag(naps),
+			err = nap(ch, &ring->prod_wait, next_flag(naps), &ch->epfd[1],
 				  bell_fd(ch, tx, false), deadline);
 			if (err < 0)
 				return err;
@@ -353,6 +377,7 @@ void kmap_channel_close(kmap_channel *ch)
 	if (ch->seg.wire && ch->tx.wire)
 		end_stream(ch, KM_P_FIN | KM_P_CLOSED);
 	km_segment_unmap(&ch->seg);
+	forget_sets(ch);
 	for (int i = 0; i < KMAP_CHANNEL_FDS; i++)
 		if (ch->fds[i] >= 0)
 			km_sys_close(ch->fds[i]);

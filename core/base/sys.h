@@ -89,10 +89,6 @@ static inline int km_sys_memfd_create(const char *name, unsigned flags)
 {
 	return (int)KM_SYS(memfd_create, name, flags, 0, 0, 0, 0);
 }
-static inline int km_sys_eventfd(unsigned count, int flags)
-{
-	return (int)KM_SYS(eventfd2, count, flags, 0, 0, 0, 0);
-}
 static inline ssize_t km_sys_getrandom(void *buf, size_t n)
 {
 	return KM_SYS(getrandom, buf, n, 0, 0, 0, 0);
@@ -120,6 +116,10 @@ static inline int km_sys_bind(int fd, const void *addr, socklen_t len)
 static inline int km_sys_listen(int fd, int backlog)
 {
 	return (int)KM_SYS(listen, fd, backlog, 0, 0, 0, 0);
+}
+static inline int km_sys_shutdown(int fd, int how)
+{
+	return (int)KM_SYS(shutdown, fd, how, 0, 0, 0, 0);
 }
 static inline int km_sys_connect(int fd, const void *addr, socklen_t len)
 {

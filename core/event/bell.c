@@ -2,10 +2,10 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/mman.h>
 
 #include "event/event.h"
+#include "shm/latch.h"
 #include "sock/stream.h"
 
 #define BELLS 1024
@@ -29,10 +29,10 @@ void km_bell_move(int fd)
 
 	for (uint32_t i = 0; i < bell_count; i++) {
 		move(&bells[i]->memfd, fd);
-		move(&bells[i]->efd, fd);
+		move(&bells[i]->latch, fd);
 	}
 	for (struct km_peer_bell *pb = peer_bells; pb; pb = pb->next)
-		move(&pb->efd, fd);
+		move(&pb->latch, fd);
 	km_unlock(&km_proc.link_lock, how);
 	if (km_thread.epfd == fd)
 		move(&km_thread.epfd, fd);
@@ -63,8 +63,8 @@ static int bell_open(struct km_bell *bell)
 	bell->wire->version = KM_WIRE_VERSION;
 	bell->wire->slots = KM_BELL_SLOTS;
 	bell->wire->magic = KM_BELL_MAGIC;
-	bell->efd = km_fd_hide(km_sys_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-	return bell->efd < 0 ? bell->efd : 0;
+	bell->latch = km_fd_hide(km_latch_open());
+	return bell->latch < 0 ? bell->latch : 0;
 }
 
 /* Makes set hear bell; its lock is held.  0 or an error of epoll_ctl. */
@@ -80,7 +80,7 @@ int km_set_hear(struct km_set *set, struct km_bell *bell)
 	if (n == KM_SET_BELLS)
 		return -ENOSPC;
 	ev.data.u64 = (uint64_t)km_proc.magic << 32 | 0x80000000u | bell->index;
-	err = km_sys_epoll_ctl(set->epfd, EPOLL_CTL_ADD, bell->efd, &ev);
+	err = km_sys_epoll_ctl(set->epfd, EPOLL_CTL_ADD, bell->latch, &ev);
 	if (err < 0 && err != -EEXIST)
 		return err;
 	set->bell[n] = bell;
@@ -101,14 +101,14 @@ static int bell_new(struct km_set *set, uint32_t uid, struct km_bell **out)
 	if (!bell)
 		return -ENOMEM;
 	bell->slot = (struct km_file **)(bell + 1);
-	bell->memfd = bell->efd = -1;
+	bell->memfd = bell->latch = -1;
 	bell->uid = uid;
 	bell->set = set;
 	bell->index = bell_count;
 	err = bell_open(bell);
 	if (err < 0) {
 		km_fd_unhide(bell->memfd);
-		km_fd_unhide(bell->efd);
+		km_fd_unhide(bell->latch);
 		munmap(bell, sizeof(*bell) + KM_BELL_SLOTS * sizeof(*bell->slot));
 		return err;
 	}
@@ -231,9 +231,7 @@ bool km_bells_spin(struct km_bell *const *bell, uint32_t n, struct km_spin *reco
 
 void km_bell_kick(struct km_bell *bell)
 {
-	uint64_t one = 1;
-
-	km_sys_write(bell->efd, &one, sizeof(one));
+	km_latch_ring(bell->latch);
 }
 
 void km_ask_for_space(struct km_file *f, struct km_conn *conn)
@@ -341,25 +339,24 @@ static int peer_bell_map(struct km_peer_bell *pb, int memfd, const struct stat *
 	return 0;
 }
 
-static int peer_bell_new(int memfd, int efd, uint32_t uid, const struct stat *st,
+static int peer_bell_new(int memfd, int latch, uint32_t uid, const struct stat *st,
 			 struct km_peer_bell **out)
 {
 	struct km_peer_bell *pb = km_pages(sizeof(*pb), false);
-	int err, flags = km_sys_fcntl(efd, F_GETFL, 0);
+	int err;
 
 	if (!pb) {
-		km_sys_close(efd);
+		km_sys_close(latch);
 		return -ENOMEM;
 	}
 	err = peer_bell_map(pb, memfd, st);
-	/* A bell must not be able to block who rings it. */
-	if (err == 0 && (flags < 0 || !(flags & O_NONBLOCK)))
-		err = -EPROTO;
+	if (err == 0)
+		err = km_latch_check(latch);
 	if (err < 0) {
-		km_sys_close(efd);
+		km_sys_close(latch);
 	} else {
-		pb->efd = km_fd_hide(efd);
-		err = pb->efd < 0 ? pb->efd : 0;
+		pb->latch = km_fd_hide(latch);
+		err = pb->latch < 0 ? pb->latch : 0;
 	}
 	if (err < 0) {
 		if (pb->wire)
@@ -377,7 +374,7 @@ static int peer_bell_new(int memfd, int efd, uint32_t uid, const struct stat *st
 	return 0;
 }
 
-int km_peer_bell_take(struct km_file *f, int memfd, int efd, uint32_t uid,
+int km_peer_bell_take(struct km_file *f, int memfd, int latch, uint32_t uid,
 		      uint32_t slot)
 {
 	struct km_peer_bell *pb;
@@ -386,16 +383,16 @@ int km_peer_bell_take(struct km_file *f, int memfd, int efd, uint32_t uid,
 
 	if (err < 0) {
 		km_sys_close(memfd);
-		km_sys_close(efd);
+		km_sys_close(latch);
 		return -EPROTO;
 	}
 	for (pb = peer_bells; pb; pb = pb->next)
 		if (pb->dev == st.st_dev && pb->ino == st.st_ino && pb->uid == uid)
 			break;
 	if (pb)
-		km_sys_close(efd);
+		km_sys_close(latch);
 	else
-		err = peer_bell_new(memfd, efd, uid, &st, &pb);
+		err = peer_bell_new(memfd, latch, uid, &st, &pb);
 	km_sys_close(memfd);
 	if (err < 0)
 		return err;
@@ -416,15 +413,13 @@ void km_peer_bell_drop(struct km_file *f)
 	while (*at != pb)
 		at = &(*at)->next;
 	*at = pb->next;
-	km_fd_unhide(pb->efd);
+	km_fd_unhide(pb->latch);
 	munmap(pb->wire, KM_BELL_SIZE);
 	munmap(pb, sizeof(*pb));
 }
 
 void km_peer_bell_ring(struct km_peer_bell *pb, uint32_t seq)
 {
-	uint64_t one = 1;
-
 	if (km_load_seq(&pb->rung) == seq) {
 		km_count(KM_COUNT_BELLS_SUPPRESSED);
 		return;
@@ -432,6 +427,6 @@ void km_peer_bell_ring(struct km_peer_bell *pb, uint32_t seq)
 	/* First the ring, then the note: a thread that reads the note may rely on
 	 * the ring. */
 	km_count(KM_COUNT_BELLS_RUNG);
-	km_sys_write(pb->efd, &one, sizeof(one));
+	km_latch_ring(pb->latch);
 	km_store_seq(&pb->rung, seq);
 }

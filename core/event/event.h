@@ -80,7 +80,7 @@ struct km_set {
 
 struct km_bell {
 	struct km_wire_bell *wire;
-	int memfd, efd;
+	int memfd, latch;
 	uint32_t uid; /* of the peers */
 	uint32_t index;
 	struct km_set *set; /* NULL: the process's own, for all other waits */
@@ -93,7 +93,7 @@ struct km_bell {
 
 struct km_peer_bell {
 	struct km_wire_bell *wire;
-	int efd;
+	int latch;
 	uint32_t uid, refs;
 	uint64_t dev, ino; /* of the memfd: its true identity */
 	km_a32 rung;	   /* the sleep it was last rung for */
@@ -101,7 +101,7 @@ struct km_peer_bell {
 };
 
 /* A bell for peers of that uid, and a slot for f in it; made if need be.
- * 0, -ENOSPC, or the error of memfd_create, eventfd or mmap.  link_lock held. */
+ * 0, -ENOSPC, or the error of memfd_create, socket or mmap.  link_lock held. */
 int km_bell_take(struct km_file *f, uint32_t uid);
 void km_bell_drop(struct km_file *f);
 /* Counts a sleeper in or out. */
@@ -124,7 +124,7 @@ int km_set_hear(struct km_set *set, struct km_bell *bell);
 void km_bell_forget_set(struct km_set *set);
 
 /* Takes over both descriptors, whatever the result.  -EPROTO, or mmap's. */
-int km_peer_bell_take(struct km_file *f, int memfd, int efd, uint32_t uid,
+int km_peer_bell_take(struct km_file *f, int memfd, int latch, uint32_t uid,
 		      uint32_t slot);
 void km_peer_bell_drop(struct km_file *f);
 

@@ -142,7 +142,7 @@ int km_thread_listen(struct km_bell *bell)
 		t->bells = 0;
 		return km_thread_listen(bell);
 	}
-	err = km_sys_epoll_ctl(t->epfd, EPOLL_CTL_ADD, bell->efd, &ev);
+	err = km_sys_epoll_ctl(t->epfd, EPOLL_CTL_ADD, bell->latch, &ev);
 	if (err < 0 && err != -EEXIST)
 		return err;
 	t->bell[t->bells++] = bell;

@@ -34,15 +34,15 @@ int kmap_wire_version(void);
 
 /*
  * Makes a channel: one sealed memfd with two rings that grow up to ring_size
- * bytes each (rounded up to a power of two, 4 KiB to 16 MiB), and four
- * eventfds.  The caller is side 0.
+ * bytes each (rounded up to a power of two, 4 KiB to 16 MiB), and four doorbells
+ * (Unix sockets).  The caller is side 0.
  * Errors: -EINVAL (size), -ENOMEM, -EMFILE, -ENFILE, -ENOSYS.
  */
 int kmap_channel_create(size_t ring_size, kmap_channel **out);
 
 /*
  * The descriptors to send to the other process by SCM_RIGHTS, in order: the
- * memfd and the four eventfds.  They stay owned by the channel.
+ * memfd and the four doorbells.  They stay owned by the channel.
  */
 int kmap_channel_fds(const kmap_channel *ch, int fds[KMAP_CHANNEL_FDS]);
 
@@ -88,8 +88,8 @@ size_t kmap_channel_unread(kmap_channel *ch);
 /* Ends the stream, tells the peer, unmaps and frees; ch may be NULL. */
 void kmap_channel_close(kmap_channel *ch);
 
-/* Counts since the channel was made: futex wakes sent, futex sleeps, eventfd
- * doorbells written, eventfd sleeps, ring growths. */
+/* Counts since the channel was made: futex wakes sent, futex sleeps, doorbells
+ * rung, sleeps on a doorbell, ring growths. */
 struct kmap_channel_stats {
 	uint64_t futex_wakes, futex_sleeps, bells_rung, bell_sleeps, grows;
 };

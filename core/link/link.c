@@ -351,7 +351,7 @@ static void conn_undo(struct km_file *f)
 static int bell_fds(const struct km_file *f, int *fds)
 {
 	fds[0] = f->bell->memfd;
-	fds[1] = f->bell->efd;
+	fds[1] = f->bell->latch;
 	return 2;
 }
 

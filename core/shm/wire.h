@@ -79,11 +79,11 @@ struct km_wire_segment {
 
 /*
  * A bell: how an end that waits for events is woken.  One memfd of
- * KM_BELL_SIZE bytes and one eventfd, made by the end that sleeps for one of
- * its epoll sets (or for all its other waits) and one user id of peers; every
- * connection that is waited for there gets a slot.  The owner counts itself
+ * KM_BELL_SIZE bytes and one latch (shm/latch.h), made by the end that sleeps for
+ * one of its epoll sets (or for all its other waits) and one user id of peers;
+ * every connection that is waited for there gets a slot.  The owner counts itself
  * into sleep before it sleeps; a peer that has news for a slot sets its bit
- * and, when somebody sleeps and has not been woken since, writes the eventfd.
+ * and, when somebody sleeps and has not been woken since, rings the latch.
  */
 #define KM_BELL_MAGIC 0x314c45425041474bULL
 #define KM_BELL_SIZE 4096u
@@ -102,8 +102,8 @@ struct km_wire_bell {
 
 /* The one datagram each end sends on the rendezvous socket. */
 #define KM_HELLO_MAGIC 0x4f4c4c48u
-#define KM_HELLO 1u  /* acceptor: here is the segment; fds: segment, bell, eventfd */
-#define KM_ACK 2u    /* connector: attached; fds: bell, eventfd */
+#define KM_HELLO 1u  /* acceptor: here is the segment; fds: segment, bell, latch */
+#define KM_ACK 2u    /* connector: attached; fds: bell, latch */
 #define KM_REFUSE 3u /* connector: no, for this reason; no fds */
 
 struct km_wire_hello {

@@ -2,9 +2,10 @@
 """Counts the system calls that enter the network stack, with strace.
 
 A call counts when its first argument is a socket and it moves bytes or changes the
-connection.  Waits (epoll_wait, poll, select) and doorbells (eventfds) are counted
-beside it: neither goes through the network stack.  sendfile counts for the socket
-that it writes to.
+connection.  Waits (epoll_wait, poll, select) and doorbells are counted
+beside it: neither goes through the network stack.  A doorbell is rung by shutdown() of
+a Unix socket that is shut down already.  sendfile counts for the socket that it writes
+to.
 """
 
 from __future__ import annotations
@@ -97,15 +98,16 @@ class Calls:
 _NONE = Calls(0, 0, 0, 0)
 
 
-def _kind(name: str, file: str) -> Calls:
+def _kind(name: str, file: str, line: str) -> Calls:
     if name in _WAITS:
         return Calls(0, 1, 0, 0)
     if name == "futex":
         return Calls(0, 0, 0, 1)
+    # No program ends the reading of a TCP connection.
+    if name == "shutdown" and "SHUT_RD)" in line:
+        return Calls(0, 0, 1, 0)
     if file.startswith("socket:") or name == "socket":
         return Calls(1, 0, 0, 0)
-    if "eventfd" in file:
-        return Calls(0, 0, 1, 0)
     return _NONE
 
 
@@ -116,7 +118,7 @@ def count(trace: Iterable[str], began: float, ended: float) -> dict[int, Calls]:
         match = _CALL.match(line)
         if match and began <= float(match["time"]) <= ended:
             pid = int(match["pid"])
-            kind = _kind(match["name"], match["file"] or "")
+            kind = _kind(match["name"], match["file"] or "", line)
             found[pid] = found.get(pid, _NONE) + kind
     return found
 

@@ -62,7 +62,7 @@ def sleep(without: Without, messages: int = 2) -> tuple[list[Thread], dict[str, 
 
 # --- section 6: bells ---------------------------------------------------------------
 #
-# "sleep" is (how often changed, sleepers).  "edge" counts writes of the eventfd; each
+# "sleep" is (how often changed, sleepers).  "edge" counts rings of the latch; each
 # lets one of the threads go on that are in epoll_wait.
 
 
