@@ -362,12 +362,16 @@ int kmap_channel_shutdown(kmap_channel *ch)
 
 size_t kmap_channel_readable(kmap_channel *ch)
 {
-	return (size_t)KM_MAX(km_ring_readable(&ch->rx), 0);
+	int64_t n = km_ring_readable(&ch->rx);
+
+	return n < 0 ? 0 : (size_t)n;
 }
 
 size_t kmap_channel_unread(kmap_channel *ch)
 {
-	return (size_t)KM_MAX(km_ring_unread(&ch->tx), 0);
+	int64_t n = km_ring_unread(&ch->tx);
+
+	return n < 0 ? 0 : (size_t)n;
 }
 
 void kmap_channel_close(kmap_channel *ch)

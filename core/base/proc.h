@@ -132,6 +132,10 @@ struct km_thread {
 	void *bell[16];
 	struct km_spin spin; /* of poll and select */
 	uintptr_t seen_page; /* the program's; see km_readable_by_kernel */
+	/* wake-ups for nothing since idle_since; see event/flood.c */
+	uint32_t idle_wakes;
+	bool flooded;
+	int64_t idle_since;
 };
 
 extern __thread struct km_thread km_thread;

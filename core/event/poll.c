@@ -414,8 +414,13 @@ static int poll_loop(struct poll_call *c, int64_t timeout_ns, const sigset_t *ma
 			return err;
 		ready = poll_answers(c);
 		ready += poll_levels(c);
-		if (ready)
+		if (ready) {
+			km_useful_wake();
 			return ready;
+		}
+		err = err > 0 ? km_idle_wake(mask) : 0;
+		if (err < 0)
+			return err;
 		if (deadline > 0 && km_now_ns() >= deadline)
 			return 0;
 	}

@@ -1006,8 +1006,13 @@ int km_epoll_wait(struct km_set *set, int epfd, struct epoll_event *evs, int max
 		if (k < 0)
 			return k;
 		n = found_too(set, evs, km_set_translate(set, evs, k), max);
+		if (n > 0)
+			km_useful_wake();
 		if (n || (k == 0 && timeout_ns >= 0))
 			return n;
+		k = km_idle_wake(mask);
+		if (k < 0)
+			return k;
 		/* Only events of the library's own, and the time is up. */
 		if (deadline > 0 && km_now_ns() >= deadline)
 			timeout_ns = 0;

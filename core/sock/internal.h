@@ -86,7 +86,7 @@ bool km_tx_end(struct km_conn *conn);
 /* In phase DRAIN: sends what the consumer left.  0: done, phase ENDED; -EAGAIN: the
  * kernel takes no more now; -EPROTO. */
 ssize_t km_tx_resend(struct km_conn *conn, int fd);
-/* The same, and waits for a few seconds; for calls after which there is no other. */
+/* The same, and waits a little; for calls after which there is no other. */
 int km_tx_resend_all(struct km_conn *conn, int fd);
 /* Does what is to be done if the consumer has left; no tx_lock held. */
 void km_tx_look(struct km_file *f, struct km_conn *conn, int fd);

@@ -52,6 +52,7 @@ static ssize_t ask_kernel(struct km_conn *conn, int fd, int flags)
 	struct iovec iov = {&byte, 1};
 	uint64_t r = conn->rx.r;
 	ssize_t k = km_kernel_recv(fd, &iov, 1, MSG_PEEK | (flags & KM_MSG_MOVED));
+	uint32_t pflags = km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags);
 
 	conn->idle_reads = 0;
 	if (k == -EAGAIN)
@@ -59,11 +60,9 @@ static ssize_t ask_kernel(struct km_conn *conn, int fd, int flags)
 	/* What the peer published before its FIN or reset comes first. */
 	if (km_load_sync(OBSERVE, &conn->rx.wire->wpos) != r)
 		return 1;
-	if (k > 0) {
-		if (km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) & KM_P_END)
-			return 1;
-		return -EPROTO;
-	}
+	/* The flag comes before the first byte by the kernel. */
+	if (k > 0)
+		return pflags & KM_P_END ? 1 : -EPROTO;
 	km_or_seq(&conn->kernel_bits, POLLRDHUP);
 	if ((flags & KM_MSG_MOVED) || (km_load_relaxed(&conn->flags) & KM_CONN_RD_SHUT))
 		return k;
@@ -130,13 +129,18 @@ static ssize_t recv_ring(struct km_file *f, struct km_conn *conn, int fd,
 	if (km_unlikely(rx->w != rx->r))
 		return 0;
 	pflags = km_load_sync(FLAGS_SEE, &rx->wire->pflags);
-	if ((pflags & KM_P_END) && km_load_relaxed(&rx->wire->end) == rx->r) {
-		conn->rx_phase = KM_PHASE_ENDED;
+	if (pflags & KM_P_END) {
+		if (km_load_relaxed(&rx->wire->end) == rx->r)
+			conn->rx_phase = KM_PHASE_ENDED;
+		/* All that came before the flag is there: an end beyond it is one that
+		 * would be waited for in vain. */
+		else if (km_load_sync(OBSERVE, &rx->wire->wpos) == rx->r)
+			return -EPROTO;
 		return KM_RETRY;
 	}
 	/* Shut down here, the kernel says end of file, or the error that comes first. */
 	if ((km_load_relaxed(&conn->flags) & KM_CONN_RD_SHUT) ||
-	    (pflags & (KM_P_FIN | KM_P_CLOSED | KM_P_END)) ||
+	    (pflags & (KM_P_FIN | KM_P_CLOSED)) ||
 	    km_load_relaxed(&conn->kernel_bits) ||
 	    ++conn->idle_reads >= KM_IDLE_READS) {
 		n = ask_kernel(conn, fd, flags);

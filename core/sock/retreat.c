@@ -15,9 +15,14 @@
 #include "link/link.h"
 #include "sock/internal.h"
 
-/* How long a close or shutdown waits for the kernel to take what a consumer left. */
-#define PATIENCE_NS 5000000000
+/* How long a close or shutdown waits for a consumer that has left to say where it
+ * stopped, which takes it a few instructions; and for the kernel to take the rest.  A
+ * hostile one makes it wait for nothing. */
+#ifndef STOP_PATIENCE_NS
+#define STOP_PATIENCE_NS 250000000
+#define SEND_PATIENCE_NS 1000000000
 #define LOOK_NS 10000000
+#endif
 
 /* Who has left: who, if nobody had before. */
 static uint32_t leave(km_a32 *left, uint32_t who)
@@ -113,10 +118,25 @@ ssize_t km_tx_resend(struct km_conn *conn, int fd)
 	}
 }
 
+/* Makes the send buffer large enough for what the consumer left, within what the system
+ * allows: with rings of the usual size nothing is left to wait for. */
+static void make_send_room(const struct km_conn *conn, int fd)
+{
+	uint64_t rest = conn->tx.w - (conn->tx_resend - 1);
+	int room = 0, wanted = (int)KM_MIN(rest, (uint64_t)INT32_MAX);
+	socklen_t len = sizeof(room);
+
+	/* The kernel doubles what it is told, for its own books. */
+	if (km_sys_getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &room, &len) == 0 &&
+	    room / 2 < wanted)
+		km_sys_setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &wanted, sizeof(wanted));
+}
+
 int km_tx_resend_all(struct km_conn *conn, int fd)
 {
-	int64_t deadline = km_now_ns() + PATIENCE_NS;
+	int64_t deadline = km_now_ns() + STOP_PATIENCE_NS;
 	struct timespec look = {0, LOOK_NS};
+	bool grown = false;
 	ssize_t n;
 
 	while (conn->tx_phase == KM_PHASE_DRAIN) {
@@ -125,6 +145,12 @@ int km_tx_resend_all(struct km_conn *conn, int fd)
 		n = km_tx_resend(conn, fd);
 		if (n == 0)
 			return 0;
+		if (n == -EAGAIN && conn->tx_resend && !grown) {
+			grown = true;
+			deadline = km_now_ns() + SEND_PATIENCE_NS;
+			make_send_room(conn, fd);
+			continue;
+		}
 		if (n != -EAGAIN || km_now_ns() > deadline)
 			return n == -EAGAIN ? -ETIMEDOUT : (int)n;
 		if (conn->tx_resend)

@@ -124,6 +124,12 @@ static int nap_on_bell(struct km_file *f, struct km_conn *conn, int fd, short ev
 		err = (int)KM_SYS(ppoll, pfds, 3, left == INT64_MAX ? NULL : &ts,
 				  sigfd < 0 ? NULL : &mask, KM_SIGSET_SIZE, 0);
 	}
+	if (err > 0 && pfds[0].revents == 0 && pfds[1].revents && !has_news(conn))
+		err = km_idle_wake(sigfd < 0 ? NULL : (const sigset_t *)&mask) < 0
+			      ? -EINTR
+			      : err;
+	else if (err > 0)
+		km_useful_wake();
 	if (sigfd >= 0)
 		km_sys_close(sigfd);
 	km_bell_disarm(f->bell);
