@@ -95,6 +95,10 @@ uint32_t km_file_level(struct km_file *f, uint32_t wanted)
 	if (kernel & POLLIN)
 		bits |= POLLIN | POLLRDNORM;
 	/* While kernel bytes are under way, those in the ring have to wait. */
+	if (km_unlikely(rx == KM_PHASE_DRAIN && conn->lowat > 1) &&
+	    kernel_bytes(f->keep_fd >= 0 ? f->keep_fd : f->fd, 0) + waiting >=
+		    low_water(conn))
+		bits |= POLLIN | POLLRDNORM;
 	if (rx == KM_PHASE_RING && waiting >= low_water(conn))
 		bits |= POLLIN | POLLRDNORM;
 	if (km_load_relaxed(&conn->flags) & (KM_CONN_RD_SHUT | KM_CONN_RESET))

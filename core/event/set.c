@@ -639,6 +639,15 @@ static bool scan_found(struct km_reg *reg)
 	       !(km_load_seq(&conn->tx.wire->prod_wait) & KM_WAIT_EVENT);
 }
 
+/* What is there now is about to be looked at: no news when it is scanned later. */
+static void note_seen(struct km_reg *reg)
+{
+	const struct km_conn *conn = reg->file->conn;
+
+	if (conn)
+		reg->seen_w = km_load_sync(OBSERVE, &conn->rx.wire->wpos);
+}
+
 static int put_event(struct epoll_event *ev, uint32_t events, const epoll_data_t *data)
 {
 	int err = km_copy_out((char *)ev + offsetof(struct epoll_event, events),
@@ -670,6 +679,7 @@ static int collect(struct km_set *set, struct epoll_event *evs, int max)
 		if ((events & EPOLLET) && !fresh)
 			continue;
 		reg->fresh = false;
+		note_seen(reg);
 		found = km_file_level(reg->file, events) & (events | ALWAYS);
 		reg->want_space = (events & EPOLLOUT) && !(found & EPOLLOUT);
 		if (!found)

@@ -97,6 +97,13 @@ static bool has_fin(const struct tcp_info *info, int fd, uint64_t cut, bool ende
 	}
 }
 
+bool km_kernel_ended(int fd)
+{
+	struct tcp_info info;
+
+	return tcp_info(fd, &info) == 0 && has_fin(&info, fd, 0, false);
+}
+
 int km_kernel_taken(int fd, uint64_t cut, bool ended, uint64_t *out)
 {
 	struct tcp_info info, again;

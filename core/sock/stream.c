@@ -95,6 +95,11 @@ bool km_stream_failed(int fd)
 	return km_kernel_poll(fd, 0) & POLLERR;
 }
 
+bool km_stream_finished(int fd)
+{
+	return km_kernel_ended(fd);
+}
+
 int km_stream_inq(struct km_file *f, int fd, int *bytes)
 {
 	struct km_side d;
