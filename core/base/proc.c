@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "base/proc.h"
+#include "base/fault_point.h"
 
 #include <dlfcn.h>
 #include <errno.h>
@@ -217,5 +218,6 @@ void km_options_init(void)
 	}
 	km_proc.disabled = o->disable;
 	log_init();
+	KM_FAULTS_INIT();
 	errno = saved;
 }

@@ -13,6 +13,7 @@
 #include <signal.h>
 #include <stdint.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -55,9 +56,17 @@ static inline long km_syscall6(long n, long a, long b, long c, long d, long e, l
 #error "Kmap runs on x86-64 and arm64"
 #endif
 
+#ifdef KM_FAULT_POINTS
+/* The same; fails when a fault point (base/fault_point.h) said so. */
+long km_point_syscall(long n, long a, long b, long c, long d, long e, long f);
+#define km_syscall km_point_syscall
+#else
+#define km_syscall km_syscall6
+#endif
+
 #define KM_SYS(name, a, b, c, d, e, f)                                                 \
-	km_syscall6(SYS_##name, (long)(a), (long)(b), (long)(c), (long)(d), (long)(e), \
-		    (long)(f))
+	km_syscall(SYS_##name, (long)(a), (long)(b), (long)(c), (long)(d), (long)(e),  \
+		   (long)(f))
 /* Size of the kernel's signal set. */
 #define KM_SIGSET_SIZE 8
 
@@ -88,6 +97,15 @@ static inline int km_sys_ftruncate(int fd, int64_t size)
 static inline int km_sys_memfd_create(const char *name, unsigned flags)
 {
 	return (int)KM_SYS(memfd_create, name, flags, 0, 0, 0, 0);
+}
+/* Readable, writable and shared; NULL and *err when there is none to be had. */
+static inline void *km_sys_mmap(size_t n, int flags, int fd, int *err)
+{
+	long p = KM_SYS(mmap, NULL, n, PROT_READ | PROT_WRITE, MAP_SHARED | flags, fd,
+			0);
+
+	*err = p < 0 && p > -4096 ? (int)p : 0;
+	return *err < 0 ? NULL : (void *)p;
 }
 static inline ssize_t km_sys_getrandom(void *buf, size_t n)
 {

@@ -4,6 +4,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "base/fault_point.h"
 #include "event/event.h"
 #include "shm/latch.h"
 #include "sock/stream.h"
@@ -54,12 +55,9 @@ static int bell_open(struct km_bell *bell)
 				   F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL);
 	if (err < 0)
 		return err;
-	bell->wire = mmap(NULL, KM_BELL_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED,
-			  bell->memfd, 0);
-	if (bell->wire == MAP_FAILED) {
-		bell->wire = NULL;
-		return -ENOMEM;
-	}
+	bell->wire = km_sys_mmap(KM_BELL_SIZE, 0, bell->memfd, &err);
+	if (!bell->wire)
+		return err;
 	bell->wire->version = KM_WIRE_VERSION;
 	bell->wire->slots = KM_BELL_SLOTS;
 	bell->wire->magic = KM_BELL_MAGIC;
@@ -190,6 +188,7 @@ void km_bell_arm(struct km_bell *bell)
 {
 	km_add_seq(&bell->wire->sleep, ((uint64_t)1 << 32) + 1);
 	km_fence_seq();
+	KM_FAULT(WAKE_ARMED);
 }
 
 void km_bell_disarm(struct km_bell *bell)
@@ -293,6 +292,7 @@ void km_bell_drain(struct km_bell *bell)
 			uint64_t bits = km_swap_seq(&wire->news[word], 0);
 
 			words &= words - 1;
+			KM_FAULT(WAKE_DRAIN);
 			while (bits) {
 				uint32_t slot =
 					word * 64 + (uint32_t)__builtin_ctzll(bits);
@@ -326,17 +326,14 @@ void km_bell_fork_child(void)
 static int peer_bell_map(struct km_peer_bell *pb, int memfd, const struct stat *st)
 {
 	int seals = km_sys_fcntl(memfd, F_GET_SEALS, 0);
-	void *p;
+	int err;
 
 	if (seals < 0 ||
 	    (seals & (F_SEAL_SHRINK | F_SEAL_SEAL)) != (F_SEAL_SHRINK | F_SEAL_SEAL) ||
 	    st->st_size != KM_BELL_SIZE)
 		return -EPROTO;
-	p = mmap(NULL, KM_BELL_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
-	if (p == MAP_FAILED)
-		return -ENOMEM;
-	pb->wire = p;
-	return 0;
+	pb->wire = km_sys_mmap(KM_BELL_SIZE, 0, memfd, &err);
+	return err;
 }
 
 static int peer_bell_new(int memfd, int latch, uint32_t uid, const struct stat *st,
@@ -427,6 +424,8 @@ void km_peer_bell_ring(struct km_peer_bell *pb, uint32_t seq)
 	/* First the ring, then the note: a thread that reads the note may rely on
 	 * the ring. */
 	km_count(KM_COUNT_BELLS_RUNG);
+	KM_FAULT(WAKE_BELL);
 	km_latch_ring(pb->latch);
+	KM_FAULT(WAKE_RUNG);
 	km_store_seq(&pb->rung, seq);
 }

@@ -31,6 +31,7 @@ static enum km_reason make_table(void)
 	size_t size = KM_STATS_HEADER + (size_t)ROWS * KM_STATS_ROW;
 	int fd = km_fd_hide(km_sys_memfd_create("kmap-stats", MFD_CLOEXEC));
 	struct km_stats_header *t;
+	int err;
 
 	if (fd < 0)
 		return fd == -EMFILE || fd == -ENFILE ? KM_REASON_BUDGET_FD
@@ -39,8 +40,8 @@ static enum km_reason make_table(void)
 		km_fd_unhide(fd);
 		return KM_REASON_SYSCALL;
 	}
-	t = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
-	if (t == MAP_FAILED) {
+	t = km_sys_mmap(size, MAP_NORESERVE, fd, &err);
+	if (!t) {
 		km_fd_unhide(fd);
 		return KM_REASON_BUDGET_MEMORY;
 	}

@@ -5,6 +5,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "base/fault_point.h"
 #include "event/event.h"
 #include "link/held.h"
 #include "link/link.h"
@@ -147,6 +148,7 @@ struct km_file *km_file_close_begin(int fd)
 			}
 			f->closing = false;
 		}
+		KM_FAULT(CLOSE_BEGIN);
 		if (last)
 			km_stream_closing(f, fd);
 	}
@@ -160,6 +162,7 @@ void km_file_close_end(struct km_file *f)
 
 	if (!f)
 		return;
+	KM_FAULT(CLOSE_KERNEL);
 	how = km_lock(&km_proc.link_lock);
 	if (f->keep_fd >= 0) {
 		if (f->conn && km_load_seq(&f->conn->refs) == 0)
@@ -173,6 +176,7 @@ void km_file_close_end(struct km_file *f)
 		km_file_detach(f);
 	km_unlock(&km_proc.link_lock, how);
 	file_free(f);
+	KM_FAULT(CLOSE_DONE);
 }
 
 void km_file_detach(struct km_file *f)

@@ -8,6 +8,7 @@
 #include <sys/time.h>
 #include <sys/un.h>
 
+#include "base/fault_point.h"
 #include "event/event.h"
 #include "link/held.h"
 #include "sock/stream.h"
@@ -394,6 +395,7 @@ static enum km_reason make_channel(struct km_file *f, int fd, int sock, uint32_t
 		km_conn_free(conn);
 		return reason_of(err);
 	}
+	KM_FAULT(HELLO_SEGMENT);
 	conn_start(f, fd, conn, local, peer, original);
 	err = km_bell_take(f, uid);
 	if (err == 0)
@@ -404,7 +406,9 @@ static enum km_reason make_channel(struct km_file *f, int fd, int sock, uint32_t
 		bell_fds(f, fds + 1);
 		/* From here on the connector may attach and use its ring. */
 		km_store_seq(&f->mode, KM_MODE_CHANNEL);
+		KM_FAULT(HELLO_BELL);
 		err = send_hello(sock, &hello, fds, HELLO_FDS);
+		KM_FAULT(HELLO_SENT);
 		if (err < 0) {
 			abandon(f, KM_REASON_PEER_CANCELLED);
 			km_sys_close(fds[0]);
@@ -447,12 +451,14 @@ static void knock(struct km_file *f, int fd)
 		return;
 	}
 	len = rendezvous_name(&un, &peer, &original);
+	KM_FAULT(HELLO_KNOCK);
 	err = km_sys_connect(sock, &un, len);
 	if (err < 0) {
 		km_sys_close(sock);
 		back_off(f, ACCEPTOR_TRIES, KM_REASON_PEER_ABSENT);
 		return;
 	}
+	KM_FAULT(HELLO_INSIDE);
 	err = prove(sock, &peer, &original, &uid);
 	if (err < 0) {
 		km_sys_close(sock);
@@ -505,8 +511,10 @@ static void offer(struct km_file *f, int fd)
 		return;
 	}
 	err = km_sys_bind(sock, &un, rendezvous_name(&un, &local, &peer));
+	KM_FAULT(OFFER_BOUND);
 	if (err == 0)
 		err = km_sys_listen(sock, 4);
+	KM_FAULT(OFFER_LISTENS);
 	if (err < 0) {
 		km_sys_close(sock);
 		back_off(f, CONNECTOR_TRIES,
@@ -524,6 +532,7 @@ static void offer(struct km_file *f, int fd)
 	f->tries = 0;
 	f->next_try = f->calls + 1;
 	f->reason = KM_REASON_PEER_ABSENT;
+	KM_FAULT(OFFER_MADE);
 }
 
 /* Takes what came with the hello; fds are taken over. */
@@ -555,6 +564,7 @@ static enum km_reason attach(struct km_file *f, int fd, int sock,
 		return KM_REASON_PEER_UID;
 	}
 	err = km_segment_attach(&f->seg, fds[0]);
+	KM_FAULT(ATTACH_MAPPED);
 	km_sys_close(fds[0]);
 	if (err < 0) {
 		km_sys_close(fds[1]);
@@ -583,7 +593,9 @@ static enum km_reason attach(struct km_file *f, int fd, int sock,
 	}
 	ack.slot = f->slot;
 	bell_fds(f, own);
+	KM_FAULT(ATTACH_BELL);
 	err = send_hello(sock, &ack, own, 2);
+	KM_FAULT(ATTACH_ACKED);
 	km_store_seq(&f->mode, KM_MODE_CHANNEL);
 	/* The acceptor may have taken the ack, and said ready, by now. */
 	if (err < 0 ||
@@ -592,6 +604,7 @@ static enum km_reason attach(struct km_file *f, int fd, int sock,
 		abandon(f, KM_REASON_PEER_CANCELLED);
 		return KM_REASON_NONE;
 	}
+	KM_FAULT(ATTACH_DONE);
 	conn->row.state = KM_ROW_RING;
 	f->reason = KM_REASON_NONE;
 	f->link_state = KM_LINK_DONE;
@@ -623,6 +636,7 @@ static void take_hello(struct km_file *f, int fd)
 			back_off(f, CONNECTOR_TRIES, KM_REASON_PEER_ABSENT);
 			return;
 		}
+		KM_FAULT(ATTACH_CAME);
 		km_fd_unhide(f->link_fd);
 		f->link_fd = km_fd_hide(sock);
 		if (f->link_fd < 0) {
@@ -654,6 +668,7 @@ static void take_hello(struct km_file *f, int fd)
 			km_sys_close(fds[--n]);
 		reason = KM_REASON_PEER_BAD;
 	} else {
+		KM_FAULT(ATTACH_TAKEN);
 		reason = attach(f, fd, sock, &hello, fds);
 	}
 	if (km_load_seq(&f->mode) == KM_MODE_SWITCHING)
@@ -752,6 +767,7 @@ static void advance(struct km_file *f)
 		return;
 	}
 	if (n == 2 && ack.kind == KM_ACK && ack.slot < KM_BELL_SLOTS) {
+		KM_FAULT(ATTACH_ANSWER);
 		int err = km_peer_bell_take(f, fds[0], fds[1], f->bell->uid, ack.slot);
 
 		reason = reason_of(err);
@@ -767,6 +783,7 @@ static void advance(struct km_file *f)
 		f->reason = KM_REASON_NONE;
 		f->link_state = KM_LINK_DONE;
 		km_store_sync(ATTACH_SET, &f->seg.wire->state, KM_SEG_READY);
+		KM_FAULT(ATTACH_READY);
 		km_count(KM_COUNT_UPGRADES);
 		km_log(KM_LOG_INFO, "fd %d upgraded as acceptor", f->fd);
 	} else {

@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 
+#include "base/fault_point.h"
 #include "event/event.h"
 #include "fd/file.h"
 #include "link/inherit.h"
@@ -19,6 +20,7 @@ void km_fork_prepare(void)
 		return;
 	km_file_fork_prepare();
 	forking = true;
+	KM_FAULT(FORK_PREPARE);
 }
 
 void km_fork_parent(void)
@@ -26,6 +28,7 @@ void km_fork_parent(void)
 	if (!forking)
 		return;
 	forking = false;
+	KM_FAULT(FORK_PARENT);
 	km_file_fork_parent();
 }
 
@@ -35,6 +38,7 @@ void km_fork_child(void)
 	if (!forking)
 		return;
 	forking = false;
+	KM_FAULT(FORK_CHILD);
 	/* The hidden set is the parent's: one epoll set must not serve two. */
 	if (km_thread.epfd >= 0)
 		km_fd_unhide(km_thread.epfd);

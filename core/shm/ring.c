@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "base/fault.h"
+#include "base/fault_point.h"
 
 void km_ring_geometry_init(struct km_ring_geometry *geo, uint32_t ring_size)
 {
@@ -72,7 +73,9 @@ static void grow(struct km_producer *p)
 {
 	/* Relaxed: the store of wpos that publishes bytes beyond this position
 	 * releases it. */
+	KM_FAULT(GROW_BEGIN);
 	km_store_relaxed(&p->wire->grow_at[p->level], p->w + 1);
+	KM_FAULT(GROW_STORED);
 	p->level++;
 	p->size = p->geo.size[p->level];
 	p->base = p->data + p->geo.offset[p->level];
@@ -133,6 +136,8 @@ ssize_t km_ring_write(struct km_producer *p, const struct iovec *iov, int iovcnt
 	if (make_room(p, want) < 0)
 		return -EPROTO;
 	room = free_space(p);
+	if (room)
+		KM_FAULT(WRITE_COPY);
 	for (int i = 0; i < iovcnt && room; i++) {
 		size_t n = KM_MIN(iov[i].iov_len, room);
 
@@ -144,8 +149,10 @@ ssize_t km_ring_write(struct km_producer *p, const struct iovec *iov, int iovcnt
 	if (at == p->w)
 		return 0;
 	want = at - p->w;
+	KM_FAULT(WRITE_COPIED);
 	p->w = at;
 	publish(p);
+	KM_FAULT(WRITE_PUBLISHED);
 	return (ssize_t)want;
 }
 
@@ -204,6 +211,7 @@ static int64_t in_level(const struct km_consumer *c, uint64_t at, uint32_t *leve
 
 static void enter_level(struct km_consumer *c, uint32_t level)
 {
+	KM_FAULT(GROW_FOLLOW);
 	c->level = level;
 	c->size = c->geo.size[level];
 	c->base = c->data + c->geo.offset[level];
@@ -219,6 +227,8 @@ ssize_t km_ring_read(struct km_consumer *c, const struct iovec *iov, int iovcnt,
 
 	if (see_bytes(c) < 0)
 		return -EPROTO;
+	if (c->w != at)
+		KM_FAULT(READ_COPY);
 	while (i < iovcnt && at < c->w) {
 		int64_t here = in_level(c, at, &level);
 		uint32_t size = c->geo.size[level];
@@ -244,10 +254,12 @@ ssize_t km_ring_read(struct km_consumer *c, const struct iovec *iov, int iovcnt,
 		return 0;
 	done = at - c->r;
 	if (!(how & KM_RING_PEEK)) {
+		KM_FAULT(READ_COPIED);
 		if (level != c->level)
 			enter_level(c, level);
 		c->r = at;
 		release_space(c);
+		KM_FAULT(READ_RELEASED);
 	}
 	return (ssize_t)done;
 }

@@ -47,9 +47,8 @@ int km_segment_create(struct km_segment *seg, uint32_t ring_size, int *fd_out)
 		km_sys_close(fd);
 		return err;
 	}
-	wire = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	if (wire == MAP_FAILED) {
-		err = -errno;
+	wire = km_sys_mmap(size, 0, fd, &err);
+	if (!wire) {
 		km_sys_close(fd);
 		return err;
 	}
@@ -83,10 +82,9 @@ int km_segment_attach(struct km_segment *seg, int fd)
 	if (km_sys_fstat(fd, &st) < 0 || st.st_size < (off_t)KM_WIRE_HEADER ||
 	    st.st_size > (off_t)km_segment_size(RING_SIZE_MAX))
 		return -EPROTO;
-	wire = mmap(NULL, (size_t)st.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd,
-		    0);
-	if (wire == MAP_FAILED)
-		return -errno;
+	wire = km_sys_mmap((size_t)st.st_size, 0, fd, &err);
+	if (!wire)
+		return err;
 	/* Volatile: the peer may change it between check and use. */
 	ring_size = *(volatile uint32_t *)&wire->ring_size;
 	if (wire->magic != KM_WIRE_MAGIC)

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <linux/sockios.h>
 
+#include "base/fault_point.h"
 #include "event/event.h"
 #include "link/link.h"
 #include "sock/internal.h"
@@ -28,6 +29,7 @@ static ssize_t start_drain(struct km_conn *conn, int fd)
 	uint32_t pflags = km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags);
 	int err;
 
+	KM_FAULT(CUT_SEEN);
 	/* All of the stream comes by the kernel after all. */
 	if (km_load_relaxed(&conn->rx.wire->left) == KM_LEFT_TAKEN_BACK) {
 		conn->rx_phase = KM_PHASE_ENDED;
@@ -51,9 +53,12 @@ static ssize_t ask_kernel(struct km_conn *conn, int fd, int flags)
 	uint8_t byte;
 	struct iovec iov = {&byte, 1};
 	uint64_t r = conn->rx.r;
-	ssize_t k = km_kernel_recv(fd, &iov, 1, MSG_PEEK | (flags & KM_MSG_MOVED));
-	uint32_t pflags = km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags);
+	uint32_t pflags;
+	ssize_t k;
 
+	KM_FAULT(READ_ASKS);
+	k = km_kernel_recv(fd, &iov, 1, MSG_PEEK | (flags & KM_MSG_MOVED));
+	pflags = km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags);
 	conn->idle_reads = 0;
 	if (k == -EAGAIN)
 		return k;
@@ -180,8 +185,10 @@ static ssize_t recv_once(struct km_file *f, struct km_conn *conn, int fd,
 			n = km_kernel_recv(fd, part, iovcnt, flags);
 			if (n > 0 && !(flags & MSG_PEEK)) {
 				conn->rx_left -= (uint64_t)n;
-				if (conn->rx_left == 0)
+				if (conn->rx_left == 0) {
 					conn->rx_phase = KM_PHASE_RING;
+					KM_FAULT(CUT_DRAINED);
+				}
 			}
 			return n;
 		case KM_PHASE_RING:

@@ -11,6 +11,7 @@
  */
 #include <errno.h>
 
+#include "base/fault_point.h"
 #include "event/event.h"
 #include "link/link.h"
 #include "sock/internal.h"
@@ -63,6 +64,7 @@ bool km_tx_leave_for_good(struct km_conn *conn, int fd)
 	    km_cas_seq(&conn->tx.wire->left, &nobody, KM_LEFT_TAKEN_BACK)) {
 		conn->tx_resend = 1;
 		conn->tx_phase = KM_PHASE_DRAIN;
+		KM_FAULT(CLOSE_TAKEN);
 	}
 	return km_tx_leave(conn);
 }
@@ -78,6 +80,7 @@ bool km_tx_end(struct km_conn *conn)
 		km_store_sync(FLAGS_SET, &wire->pflags,
 			      km_load_relaxed(&wire->pflags) | KM_P_END);
 	}
+	KM_FAULT(CLOSE_END);
 	conn->tx_phase = KM_PHASE_ENDED;
 	return true;
 }
@@ -90,6 +93,7 @@ ssize_t km_tx_resend(struct km_conn *conn, int fd)
 		conn->tx_resend = km_load_sync(STOP_SEE, &conn->tx.wire->stop);
 	if (!conn->tx_resend)
 		return -EAGAIN; /* it is about to say */
+	KM_FAULT(CLOSE_RESEND);
 	for (;;) {
 		ssize_t n = km_ring_replay(&conn->tx, conn->tx_resend - 1, &from);
 
@@ -193,7 +197,9 @@ static int leave_rx(struct km_conn *conn, int fd, bool take)
 	km_recv_settle(conn, fd);
 	if (conn->rx_phase == KM_PHASE_ENDED)
 		return 0;
+	KM_FAULT(CLOSE_LEAVE);
 	left = leave(&wire->left, KM_LEFT_CONSUMER);
+	KM_FAULT(CLOSE_LEFT);
 	if (left == KM_LEFT_TAKEN_BACK) {
 		conn->rx_phase = KM_PHASE_ENDED;
 		return 0;

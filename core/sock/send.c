@@ -2,6 +2,7 @@
 /* Writing to an upgraded connection. */
 #include <errno.h>
 
+#include "base/fault_point.h"
 #include "event/event.h"
 #include "link/link.h"
 #include "sock/internal.h"
@@ -17,9 +18,11 @@ static int cut_tx(struct km_conn *conn, int fd)
 		return err;
 	conn->row.kernel_tx_bytes = sent;
 	km_store_relaxed(&wire->cut, sent);
+	KM_FAULT(CUT_COUNTED);
 	km_store_sync(FLAGS_SET, &wire->pflags,
 		      km_load_relaxed(&wire->pflags) | KM_P_CUT);
 	conn->tx_phase = KM_PHASE_RING;
+	KM_FAULT(CUT_MADE);
 	return 0;
 }
 
@@ -87,6 +90,7 @@ static ssize_t send_ring(struct km_file *f, struct km_conn *conn, int fd,
 	/* Nothing to send, and this was the cut-over. */
 	if (n < 0 || km_iov_total(iov, iovcnt) == 0)
 		return n;
+	KM_FAULT(WRITE_FULL);
 	if (km_tx_left(conn)) {
 		km_tx_leave(conn);
 		return KM_RETRY;
@@ -230,6 +234,7 @@ ssize_t km_send_from(struct km_file *f, int fd, int in, off64_t *offset, size_t 
 				   : km_sys_read(in, at, KM_MIN((size_t)space, count));
 	}
 	if (n > 0) {
+		KM_FAULT(WRITE_FILE);
 		km_ring_produced(&d.conn->tx, (size_t)n);
 		d.conn->row.ring_tx_bytes = d.conn->tx.w;
 		d.conn->row.tx_seen = d.conn->tx.r;

@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <linux/sockios.h>
 
+#include "base/fault_point.h"
 #include "event/event.h"
 #include "sock/internal.h"
 
@@ -49,8 +50,10 @@ void km_tell_consumer(struct km_file *f, struct km_conn *conn)
 	struct km_wire_ring *wire = conn->tx.wire;
 
 	km_fence_seq();
+	KM_FAULT(WAKE_CONSUMER);
 	if (km_unlikely(km_load_relaxed(&wire->cons_wait))) {
 		km_swap_seq(&wire->cons_wait, 0);
+		KM_FAULT(WAKE_FUTEX);
 		km_count(KM_COUNT_FUTEX_WAKES);
 		km_sys_futex_wake(&wire->cons_wait, INT32_MAX);
 	}
@@ -71,6 +74,7 @@ void km_tell_producer(struct km_file *f, struct km_conn *conn, bool anyway)
 	    km_load_relaxed(&wire->wpos) - conn->rx.r > conn->rx.size / WAKE_FRACTION)
 		return;
 	flags = km_swap_seq(&wire->prod_wait, 0);
+	KM_FAULT(WAKE_PRODUCER);
 	if (flags & KM_WAIT_FUTEX) {
 		km_count(KM_COUNT_FUTEX_WAKES);
 		km_sys_futex_wake(&wire->prod_wait, INT32_MAX);
@@ -180,6 +184,7 @@ int km_stream_shutdown(struct km_file *f, int fd, int how)
 			      km_load_relaxed(&d.conn->tx.wire->pflags) | KM_P_FIN);
 		d.conn->tx_phase = KM_PHASE_ENDED;
 		km_side_leave(&d);
+		KM_FAULT(CLOSE_HALF);
 	}
 	err = KM_REAL(shutdown)(fd, how) < 0 ? -errno : 0;
 	if (err < 0)
@@ -234,6 +239,7 @@ void km_stream_closing(struct km_file *f, int fd)
 	     (conn->tx_phase == KM_PHASE_ENDED && conn->rx_phase == KM_PHASE_ENDED)))
 		return;
 	km_or_seq(&wire->pflags, KM_P_FIN | KM_P_CLOSED);
+	KM_FAULT(CLOSE_FLAGS);
 	/* Closing with bytes unread is a reset, here as on the kernel. */
 	if (conn->rx_phase != KM_PHASE_ENDED &&
 	    km_load_sync(OBSERVE, &conn->rx.wire->wpos) != conn->rx.r)

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <sys/time.h>
 
+#include "base/fault_point.h"
 #include "event/event.h"
 #include "sock/internal.h"
 #include "sock/signals.h"
@@ -95,6 +96,7 @@ static int nap_on_futex(km_a32 *word, const struct km_conn *conn,
 	km_fence_seq();
 	if (has_news(conn))
 		return 0;
+	KM_FAULT(WAKE_NAP);
 	km_count(KM_COUNT_FUTEX_SLEEPS);
 	err = km_sys_futex_wait(word, flags, &slice);
 	return err == -EINTR ? err : 0;
