@@ -228,9 +228,16 @@ bool km_bells_spin(struct km_bell *const *bell, uint32_t n, struct km_spin *reco
 	return hit;
 }
 
+/* A wake-up must not be lost to a system call that fails once. */
+static void ring_latch(int latch)
+{
+	if (km_latch_ring(latch) < 0)
+		km_latch_ring(latch);
+}
+
 void km_bell_kick(struct km_bell *bell)
 {
-	km_latch_ring(bell->latch);
+	ring_latch(bell->latch);
 }
 
 void km_ask_for_space(struct km_file *f, struct km_conn *conn)
@@ -425,7 +432,7 @@ void km_peer_bell_ring(struct km_peer_bell *pb, uint32_t seq)
 	 * the ring. */
 	km_count(KM_COUNT_BELLS_RUNG);
 	KM_FAULT(WAKE_BELL);
-	km_latch_ring(pb->latch);
+	ring_latch(pb->latch);
 	KM_FAULT(WAKE_RUNG);
 	km_store_seq(&pb->rung, seq);
 }

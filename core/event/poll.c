@@ -278,7 +278,7 @@ static int poll_levels(struct poll_call *c)
 		/* Bytes by the kernel tell of a peer that has gone back to it. */
 		if (conn->rx_phase != KM_PHASE_ENDED)
 			c->asked[i].events |= POLLIN & c->fds[i].events;
-		if (conn->tx_phase == KM_PHASE_DRAIN && conn->tx_resend)
+		if (conn->tx_phase == KM_PHASE_DRAIN)
 			c->asked[i].events |= POLLOUT;
 	}
 	return ready;

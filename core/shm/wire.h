@@ -40,6 +40,9 @@
 #define KM_LEFT_TAKEN_BACK 3u
 #define KM_LEFT_READING 4u /* nobody has left, and the consumer has begun */
 
+/* In km_wire_ring.stop: the producer has seen it, and it cannot change any more. */
+#define KM_STOP_SEEN ((uint64_t)1 << 63)
+
 /* struct km_wire_segment.state */
 #define KM_SEG_HELLO 1u	    /* created, the attacher has not answered */
 #define KM_SEG_ATTACHED 2u  /* the attacher has mapped it and is listening */
@@ -57,7 +60,7 @@ struct km_wire_ring {
 	km_a32 pcpu; /* 1 + the CPU that it last published on; 0: not known */
 	/* written by the consumer */
 	_Alignas(KM_APART) km_a64 rpos; /* bytes ever taken from the ring */
-	km_a64 stop; /* 1 + the position at which the consumer left; 0: not yet */
+	km_a64 stop; /* 1 + the position at which the consumer left or would leave */
 	km_a32 ccpu; /* 1 + the CPU that it last took bytes on; 0: not known */
 	/* written by both; rarely changed, so that a look at it hits the cache */
 	_Alignas(KM_APART) km_a32 cons_wait; /* consumer sleeps for bytes */

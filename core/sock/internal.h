@@ -72,10 +72,7 @@ KM_INLINE bool km_tx_left(const struct km_conn *conn)
 /* Is there something new to be done about it? */
 KM_INLINE bool km_tx_left_news(const struct km_conn *conn)
 {
-	return km_tx_left(conn) &&
-	       (conn->tx_phase == KM_PHASE_RING ||
-		(!conn->tx_resend &&
-		 km_load_sync(STOP_SEE, &conn->tx.wire->stop) != 0));
+	return km_tx_left(conn) && conn->tx_phase == KM_PHASE_RING;
 }
 /* This end stops writing its ring.  False: the consumer has left first, and what it
  * left goes by the kernel now (phase DRAIN). */
@@ -98,6 +95,10 @@ void km_tx_look(struct km_file *f, struct km_conn *conn, int fd);
 /* The first look at the ring.  False: the producer has taken all back, and it comes by
  * the kernel (phase ENDED). */
 bool km_rx_begin(struct km_conn *conn);
+/* The kernel says that the peer has ended.  Did it go without a word, leaving bytes unread
+ * that the kernel does not know of?  Then it has to look like a reset: true once, and what
+ * is sent from then on is refused.  With KM_MSG_MOVED true, and left for the next call. */
+bool km_peer_died(struct km_conn *conn, int fd, int flags);
 /* Takes notice of a cut-over by the peer. */
 void km_recv_settle(struct km_conn *conn, int fd);
 

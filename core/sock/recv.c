@@ -69,17 +69,86 @@ static ssize_t ask_kernel(struct km_conn *conn, int fd, int flags)
 	if (k > 0)
 		return pflags & KM_P_END ? 1 : -EPROTO;
 	km_or_seq(&conn->kernel_bits, POLLRDHUP);
-	if ((flags & KM_MSG_MOVED) || (km_load_relaxed(&conn->flags) & KM_CONN_RD_SHUT))
-		return k;
-	/* A peer that went without a word, leaving bytes unread, would have been reset
-	 * by the kernel; the kernel does not know of the bytes in the ring. */
-	if (k == 0 && conn->tx_phase != KM_PHASE_KERNEL &&
-	    !(km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) &
-	      (KM_P_FIN | KM_P_CLOSED)) &&
-	    km_load_sync(SEE_SPACE, &conn->tx.wire->rpos) != conn->tx.w &&
-	    !conn->tx_resend && !(km_or_seq(&conn->flags, KM_CONN_DIED) & KM_CONN_DIED))
-		return -ECONNRESET;
-	return k;
+	return k == 0 && !(flags & KM_MSG_MOVED) && km_peer_died(conn, fd, flags)
+		       ? -ECONNRESET
+		       : k;
+}
+
+bool km_peer_died(struct km_conn *conn, int fd, int flags)
+{
+	const struct km_wire_ring *tx = conn->tx.wire;
+	uint32_t known = km_load_relaxed(&conn->flags);
+	uint32_t pflags = km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags);
+
+	/* Bytes that the consumer has left behind are sent again, and the kernel knows
+	 * those. */
+	if ((known & (KM_CONN_RD_SHUT | KM_CONN_DIED)) ||
+	    (pflags & (KM_P_FIN | KM_P_CLOSED)) || conn->tx_phase == KM_PHASE_KERNEL ||
+	    conn->tx_resend || km_tx_left(conn) ||
+	    km_load_sync(SEE_SPACE, &tx->rpos) == conn->tx.w)
+		return false;
+	if (flags & KM_MSG_MOVED)
+		return true;
+	if (km_or_seq(&conn->flags, KM_CONN_DIED) & KM_CONN_DIED)
+		return false;
+	KM_SYS(shutdown, fd, SHUT_WR, 0, 0, 0, 0);
+	return true;
+}
+
+/*
+ * Back on the kernel: has its stream ended before all came by it that was in the ring?
+ * Whoever was to send it again has died, and it is still where it was.
+ */
+KM_COLD static bool take_rest(struct km_conn *conn, int fd)
+{
+	struct iovec none = {NULL, 0};
+	uint64_t cut = km_load_relaxed(&conn->rx.wire->cut), taken;
+	uint32_t pflags = km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags);
+	int unread = 0;
+
+	if (!(pflags & KM_P_CUT) || (pflags & KM_P_END) ||
+	    (km_load_relaxed(&conn->flags) & KM_CONN_GIVEN) ||
+	    !(km_kernel_poll(fd, POLLRDHUP) & KM_GONE_BITS) ||
+	    km_sys_ioctl(fd, SIOCINQ, &unread) < 0 || unread > 0 ||
+	    km_kernel_taken(fd, cut, false, &taken) < 0 || taken < cut)
+		return false;
+	none.iov_len = taken - cut;
+	if (km_ring_readable(&conn->rx) <= (int64_t)none.iov_len ||
+	    (none.iov_len && km_ring_read(&conn->rx, &none, 1, KM_RING_DISCARD) !=
+				     (ssize_t)none.iov_len))
+		return false;
+	conn->rx_end = 0;
+	conn->rx_begun = true;
+	conn->rx_phase = KM_PHASE_RING;
+	return true;
+}
+
+/* The kernel told an end, or was asked for nothing.  A peer that is gone gets no more into
+ * its ring. */
+static ssize_t kernel_end(struct km_conn *conn, int fd, int flags)
+{
+	if (flags & KM_MSG_MOVED)
+		return 0;
+	km_or_seq(&conn->kernel_bits, km_kernel_poll(fd, POLLRDHUP) & KM_GONE_BITS);
+	/* What this end had left unread when it ended its own stream may have been given
+	 * to another program, whose end of reading is not known. */
+	return conn->tx_phase == KM_PHASE_RING && km_load_relaxed(&conn->kernel_bits) &&
+			       km_peer_died(conn, fd, flags)
+		       ? -ECONNRESET
+		       : 0;
+}
+
+/* By the kernel for good, as far as anybody knows. */
+static ssize_t recv_ended(struct km_conn *conn, int fd, const struct iovec *iov,
+			  int iovcnt, int flags)
+{
+	ssize_t n;
+
+	if (km_unlikely(km_load_relaxed(&conn->rx.wire->wpos) != conn->rx.r) &&
+	    take_rest(conn, fd))
+		return KM_RETRY;
+	n = km_kernel_recv(fd, iov, iovcnt, flags);
+	return km_likely(n != 0) ? n : kernel_end(conn, fd, flags);
 }
 
 bool km_rx_begin(struct km_conn *conn)
@@ -178,7 +247,7 @@ static ssize_t recv_once(struct km_file *f, struct km_conn *conn, int fd,
 			if (n <= 0 && (km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) &
 				       KM_P_CUT))
 				continue;
-			return n;
+			return km_likely(n != 0) ? n : kernel_end(conn, fd, flags);
 		case KM_PHASE_DRAIN:
 			iovcnt = (int)limit_iov(iov, iovcnt, conn->rx_left, part,
 						KM_COUNT(part));
@@ -197,7 +266,10 @@ static ssize_t recv_once(struct km_file *f, struct km_conn *conn, int fd,
 				continue;
 			return n;
 		case KM_PHASE_ENDED:
-			return km_kernel_recv(fd, iov, iovcnt, flags);
+			n = recv_ended(conn, fd, iov, iovcnt, flags);
+			if (n == KM_RETRY)
+				continue;
+			return n;
 		}
 	}
 }

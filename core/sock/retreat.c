@@ -89,10 +89,12 @@ ssize_t km_tx_resend(struct km_conn *conn, int fd)
 {
 	const uint8_t *from;
 
+	/* From now on the position stands. */
 	if (!conn->tx_resend)
-		conn->tx_resend = km_load_sync(STOP_SEE, &conn->tx.wire->stop);
+		conn->tx_resend =
+			km_or_seq(&conn->tx.wire->stop, KM_STOP_SEEN) & ~KM_STOP_SEEN;
 	if (!conn->tx_resend)
-		return -EAGAIN; /* it is about to say */
+		return -EPROTO;
 	KM_FAULT(CLOSE_RESEND);
 	for (;;) {
 		ssize_t n = km_ring_replay(&conn->tx, conn->tx_resend - 1, &from);
@@ -144,7 +146,7 @@ int km_tx_resend_all(struct km_conn *conn, int fd)
 	ssize_t n;
 
 	while (conn->tx_phase == KM_PHASE_DRAIN) {
-		struct pollfd pfd = {.fd = fd, .events = POLLRDHUP};
+		struct pollfd pfd = {.fd = fd, .events = POLLOUT};
 
 		n = km_tx_resend(conn, fd);
 		if (n == 0)
@@ -157,13 +159,7 @@ int km_tx_resend_all(struct km_conn *conn, int fd)
 		}
 		if (n != -EAGAIN || km_now_ns() > deadline)
 			return n == -EAGAIN ? -ETIMEDOUT : (int)n;
-		if (conn->tx_resend)
-			pfd.events = POLLOUT;
 		km_sys_poll(&pfd, 1, &look);
-		/* A consumer that died before it said where it stopped: there is
-		 * nobody left to read. */
-		if (!conn->tx_resend && (pfd.revents & KM_GONE_BITS))
-			return -ECONNRESET;
 	}
 	return 0;
 }
@@ -190,6 +186,7 @@ void km_tx_look(struct km_file *f, struct km_conn *conn, int fd)
 static int leave_rx(struct km_conn *conn, int fd, bool take)
 {
 	struct km_wire_ring *wire = conn->rx.wire;
+	uint64_t stop = conn->rx.r + 1;
 	int64_t unread;
 	uint32_t left;
 	bool alone;
@@ -197,7 +194,14 @@ static int leave_rx(struct km_conn *conn, int fd, bool take)
 	km_recv_settle(conn, fd);
 	if (conn->rx_phase == KM_PHASE_ENDED)
 		return 0;
+	/* It has left already, and keeps what is unread. */
+	if (conn->rx_end)
+		return take ? 0 : -EBUSY;
 	KM_FAULT(CLOSE_LEAVE);
+	/* Before the decision, which orders it: who finds that this end has left knows
+	 * where, and need not wait for a process that may be stopped or dead. */
+	if (km_load_relaxed(&wire->left) != KM_LEFT_CONSUMER)
+		km_store_relaxed(&wire->stop, stop);
 	left = leave(&wire->left, KM_LEFT_CONSUMER);
 	KM_FAULT(CLOSE_LEFT);
 	if (left == KM_LEFT_TAKEN_BACK) {
@@ -214,11 +218,11 @@ static int leave_rx(struct km_conn *conn, int fd, bool take)
 		return (int)unread;
 	if (alone && unread)
 		return -EBUSY;
-	if (!take || unread == 0)
-		conn->rx_phase = KM_PHASE_ENDED;
-	else
+	/* What is unread can be kept as long as nobody has begun to send it again. */
+	if (take && unread && km_cas_seq(&wire->stop, &stop, conn->rx.w + 1))
 		conn->rx_end = conn->rx.w + 1;
-	km_store_sync(STOP_SET, &wire->stop, (take ? conn->rx.w : conn->rx.r) + 1);
+	else
+		conn->rx_phase = KM_PHASE_ENDED;
 	return 0;
 }
 

@@ -155,6 +155,9 @@ static ssize_t send_once(struct km_file *f, struct km_conn *conn, int fd,
 		case KM_PHASE_ENDED:
 			return by_kernel(conn, fd, iov, iovcnt, flags);
 		case KM_PHASE_RING:
+			if (km_unlikely(km_load_relaxed(&conn->kernel_bits)) &&
+			    km_peer_died(conn, fd, flags))
+				return flags & KM_MSG_MOVED ? -EPIPE : -ECONNRESET;
 			n = send_ring(f, conn, fd, iov, iovcnt);
 			if (n == KM_RETRY)
 				continue;
@@ -218,14 +221,16 @@ ssize_t km_send_from(struct km_file *f, int fd, int in, off64_t *offset, size_t 
 {
 	ssize_t n = KM_RETRY, space;
 	struct km_side d;
+	bool died = false;
 	uint8_t *at;
 	int err;
 
 	if (!km_side_enter(f, fd, true, false, &d, &err))
 		return KM_RETRY;
-	if (d.conn->tx_phase == KM_PHASE_RING && km_unlikely(peer_stopped(d.conn)))
+	if (d.conn->tx_phase == KM_PHASE_RING && km_unlikely(peer_stopped(d.conn)) &&
+	    !(died = km_peer_died(d.conn, km_kernel_fd(f, fd), KM_MSG_MOVED)))
 		km_tx_end(d.conn);
-	if (d.conn->tx_phase == KM_PHASE_RING &&
+	if (d.conn->tx_phase == KM_PHASE_RING && !died &&
 	    !(km_load_relaxed(&d.conn->flags) & KM_CONN_RESET)) {
 		space = km_ring_space(&d.conn->tx, count, &at);
 		if (space > 0)

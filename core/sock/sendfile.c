@@ -75,7 +75,7 @@ ssize_t km_sendfile(struct km_file *f, int fd, int in, off64_t *offset, size_t c
 			break;
 		}
 		iov.iov_len = (size_t)n;
-		sent = km_send(f, fd, &iov, 1, 0);
+		sent = km_send(f, fd, &iov, 1, done ? KM_MSG_MOVED : 0);
 		if (sent < n)
 			untake(in, offset, (size_t)(n - KM_MAX(sent, 0)));
 		if (sent > 0) {

@@ -160,7 +160,7 @@ int km_wait_in(struct km_file *f, struct km_conn *conn, int fd, struct km_wait *
 	if (left <= 0)
 		return -EAGAIN;
 	if (km_unlikely(conn->tx_phase == KM_PHASE_DRAIN))
-		events |= conn->tx_resend ? POLLOUT : 0;
+		events |= POLLOUT;
 	else if (conn->rx_phase == KM_PHASE_RING && w->naps++ == 0 &&
 		 !km_signals_mixed())
 		return spin(&conn->spin_in, km_load_relaxed(&conn->rx.wire->pcpu), conn,
@@ -232,9 +232,6 @@ int km_wait_out(struct km_file *f, struct km_conn *conn, int fd, struct km_wait 
 		left = w->deadline - km_now_ns();
 	if (left <= 0)
 		return -EAGAIN;
-	/* A consumer that has left is about to say where. */
-	if (conn->tx_phase == KM_PHASE_DRAIN && !conn->tx_resend)
-		return nap_on_bell(f, conn, fd, POLLRDHUP, km_tx_has_news, left);
 	if (conn->tx_phase != KM_PHASE_RING)
 		return nap_on_bell(f, conn, fd, POLLOUT, km_tx_has_news, left);
 	if (w->naps++ == 0 && !km_signals_mixed())

@@ -166,7 +166,13 @@ def sleepers(without: Without) -> tuple[list[Thread], dict[str, Any]]:
 # --- section 5: which end leaves the ring first ---------------------------------------
 
 # The consumer's compare-and-swap is a fence already, on the machine of this model.
-LEAVE_PARTS = ("producer's fence", "producer asks", "one decision")
+LEAVE_PARTS = (
+    "producer's fence",
+    "producer asks",
+    "one decision",
+    "stop before the decision",
+    "producer's mark",
+)
 
 
 def leave(
@@ -202,11 +208,18 @@ def leave(
             left = yield wait("left", lambda word: word is not None)
         if "producer asks" in without:
             return tuple(range(position, messages))
-        stop = yield wait("stop", lambda word: word is not None)
-        return tuple(range(stop, messages))
+        if "producer's mark" in without:
+            stop = yield load("stop")
+        else:
+            stop = yield update("stop", lambda word: word and (word[0], True))
+        if stop is None:
+            return ("a position that nobody has stored",)
+        return tuple(range(stop[0], messages))
 
     def consumer() -> Steps:
         taken = yield load("wpos")
+        if "stop before the decision" not in without:
+            yield store("stop", (taken, False))
         if "one decision" in without:
             old = yield load("left")
             yield store("left", "consumer")
@@ -215,9 +228,14 @@ def leave(
         if "consumer's fence" not in without:
             yield fence()
         seen = yield load("wpos")
-        if old == "producer" or take:
+        if "stop before the decision" in without:
+            yield store("stop", (taken, False))
+        if old == "producer":
             taken = seen
-        yield store("stop", taken)
+        elif take:
+            was = (taken, False)
+            if (yield cas("stop", was, (seen, False))) == was:
+                taken = seen
         return tuple(range(taken))
 
     return [producer, consumer], {"wpos": 0, "left": None, "stop": None}
