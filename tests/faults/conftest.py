@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The library with fault points, built once for all workers."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from kmap import launch, native
+from tests.faults.drive import Plan, Run, Spawn
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "faults"
+
+
+@pytest.fixture(scope="session")
+def faults_library() -> Path:
+    """The preload library with fault points, up to date."""
+    cmake = shutil.which("cmake")
+    assert cmake, "cmake is not installed: pip install 'kmap[test]' brings it"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    # Workers of pytest-xdist share the build tree.
+    with (BUILD / "pytest.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            [cmake, "--preset", "faults"],
+            [cmake, "--build", str(BUILD)],
+        ):
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, f"{command}:\n{done.stdout}{done.stderr}"
+    return BUILD / native.PRELOAD_NAME
+
+
+@pytest.fixture
+def faults_env(faults_library: Path) -> dict[str, str]:
+    """The environment of a program that runs under that library."""
+    env = launch.without_kmap(os.environ)
+    env["LD_PRELOAD"] = str(faults_library)
+    # Small enough to be filled soon, large enough to grow once.
+    env["KMAP_RING_SIZE"] = "65536"
+    return env
+
+
+StartRun = Callable[[Plan, Mapping[str, str]], Run]
+
+
+@pytest.fixture
+def start_run(spawn: Spawn, tmp_path: Path) -> Iterator[StartRun]:
+    """Starts the two ends of a plan."""
+    runs: list[Run] = []
+
+    def start(plan: Plan, env: Mapping[str, str]) -> Run:
+        runs.append(Run(plan, spawn, env, tmp_path))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.close()
