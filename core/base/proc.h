@@ -136,6 +136,7 @@ struct km_thread {
 	uint32_t idle_wakes;
 	bool flooded;
 	int64_t idle_since;
+	uint64_t idle_moved;
 };
 
 extern __thread struct km_thread km_thread;

@@ -128,9 +128,9 @@ int km_peer_bell_take(struct km_file *f, int memfd, int latch, uint32_t uid,
 		      uint32_t slot);
 void km_peer_bell_drop(struct km_file *f);
 
-/* The calling thread was woken by a bell and found nothing to report; it takes a nap when
- * that happens too often.  0, or -EINTR as ppoll with that mask. */
-int km_idle_wake(const sigset_t *mask);
+/* The calling thread was woken by one of these bells and found nothing to report; it takes
+ * a nap when that happens too often.  0, or -EINTR as ppoll with that mask. */
+int km_idle_wake(struct km_bell *const *bells, uint32_t n, const sigset_t *mask);
 /* It found something. */
 void km_useful_wake(void);
 

@@ -3,16 +3,20 @@
  * A peer that rings for nothing.
  *
  * Whoever has a bell may ring it at any rate, also after its last connection is closed,
- * and each ring gets a sleeping thread out of the kernel.  A thread that is woken for
- * nothing more than IDLE_WAKES times in IDLE_SPAN_NS, without as much to show for it,
- * takes a nap before each of as many further sleeps.  So a flood costs it about a
- * hundredth of a CPU, and everybody else up to a millisecond; nobody's connection is
- * closed for what another one of the same user id does.
+ * and each ring gets sleeping threads out of the kernel.  A thread that is woken for
+ * nothing IDLE_WAKES times in IDLE_SPAN_NS, while this process moved fewer bytes than
+ * that on the connections of the bell, takes a nap before each of as many further sleeps.
+ * So a flood costs it about a hundredth of a CPU, and others up to a millisecond; nobody's
+ * connection is closed for what another one of the same user id does.
+ *
+ * (A thread that waits for one of many connections is woken for nothing by honest
+ * traffic on the others.  How much there is of that shows in this end's own positions,
+ * which the peer cannot write.)
  */
 #include "event/event.h"
 
 #define IDLE_WAKES 256
-#define IDLE_SPAN_NS 25600000
+#define IDLE_SPAN_NS 256000000
 #define NAP_NS 1000000
 /* An honest peer that is faster than its reader rings for nothing about as often as for
  * something. */
@@ -33,20 +37,45 @@ static void tell(int64_t now)
 		       "millisecond from now on");
 }
 
-int km_idle_wake(const sigset_t *mask)
+/* No lock: what a recycled connection had moved makes the answer wrong by one look. */
+static uint64_t moved(struct km_bell *const *bells, uint32_t n)
+{
+	uint64_t bytes = 0;
+
+	for (uint32_t i = 0; i < n; i++)
+		for (uint32_t slot = 0; slot < bells[i]->used; slot++) {
+			const struct km_file *f = bells[i]->slot[slot];
+			const struct km_conn *conn = f ? f->conn : NULL;
+
+			if (conn)
+				bytes += __atomic_load_n(&conn->rx.r,
+							 __ATOMIC_RELAXED) +
+					 __atomic_load_n(&conn->tx.w, __ATOMIC_RELAXED);
+		}
+	return bytes;
+}
+
+static void judge(struct km_thread *t, struct km_bell *const *bells, uint32_t n)
+{
+	uint64_t bytes = moved(bells, n);
+	int64_t now = km_now_ns();
+
+	t->flooded = now - t->idle_since < IDLE_SPAN_NS &&
+		     bytes - t->idle_moved < IDLE_WAKES;
+	t->idle_since = now;
+	t->idle_moved = bytes;
+	t->idle_wakes = 0;
+	if (t->flooded)
+		tell(now);
+}
+
+int km_idle_wake(struct km_bell *const *bells, uint32_t n, const sigset_t *mask)
 {
 	struct km_thread *t = &km_thread;
 	struct timespec nap = {0, NAP_NS};
-	int64_t now;
 
-	if (km_unlikely(++t->idle_wakes >= IDLE_WAKES)) {
-		now = km_now_ns();
-		t->flooded = now - t->idle_since < IDLE_SPAN_NS;
-		t->idle_since = now;
-		t->idle_wakes = 0;
-		if (t->flooded)
-			tell(now);
-	}
+	if (km_unlikely(++t->idle_wakes >= IDLE_WAKES))
+		judge(t, bells, n);
 	if (km_likely(!t->flooded))
 		return 0;
 	return (int)KM_SYS(ppoll, NULL, 0, &nap, mask, KM_SIGSET_SIZE, 0);

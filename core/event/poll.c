@@ -410,8 +410,10 @@ static int poll_loop(struct poll_call *c, int64_t timeout_ns, const sigset_t *ma
 		}
 		if (!listening || c->many_bells)
 			left = KM_MIN(left, 1000000);
-		if (poll_levels(c) == 0)
+		if (poll_levels(c) == 0) {
+			km_count(KM_COUNT_BELL_SLEEPS);
 			err = poll_kernel(c, listening && c->nbells, left, mask);
+		}
 		for (uint32_t i = 0; i < c->nbells; i++)
 			km_bell_disarm(c->bells[i]);
 		if (err < 0)
@@ -422,7 +424,7 @@ static int poll_loop(struct poll_call *c, int64_t timeout_ns, const sigset_t *ma
 			km_useful_wake();
 			return ready;
 		}
-		err = err > 0 ? km_idle_wake(mask) : 0;
+		err = err > 0 ? km_idle_wake(c->bells, c->nbells, mask) : 0;
 		if (err < 0)
 			return err;
 		if (deadline > 0 && km_now_ns() >= deadline)

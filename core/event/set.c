@@ -1020,7 +1020,7 @@ int km_epoll_wait(struct km_set *set, int epfd, struct epoll_event *evs, int max
 			km_useful_wake();
 		if (n || (k == 0 && timeout_ns >= 0))
 			return n;
-		k = km_idle_wake(mask);
+		k = km_idle_wake(set->bell, bells, mask);
 		if (k < 0)
 			return k;
 		/* Only events of the library's own, and the time is up. */

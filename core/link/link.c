@@ -375,6 +375,14 @@ static int prove(int sock, const struct km_address *local,
 	return owner == cred.uid ? 0 : -EACCES;
 }
 
+static void tell_unproven(int fd, int err)
+{
+	km_log(KM_LOG_ERROR,
+	       "fd %d: whoever came to the rendezvous does not own the other end of the "
+	       "connection (%d); it stays on the kernel",
+	       fd, err);
+}
+
 static enum km_reason make_channel(struct km_file *f, int fd, int sock, uint32_t uid,
 				   const struct km_address *local,
 				   const struct km_address *peer,
@@ -462,10 +470,7 @@ static void knock(struct km_file *f, int fd)
 	err = prove(sock, &peer, &original, &uid);
 	if (err < 0) {
 		km_sys_close(sock);
-		km_log(KM_LOG_ERROR,
-		       "fd %d: whoever offers this connection does not own its other "
-		       "end (%d); it stays on the kernel",
-		       fd, err);
+		tell_unproven(fd, err);
 		give_up(f, KM_REASON_PEER_UID);
 		return;
 	}
@@ -561,6 +566,7 @@ static enum km_reason attach(struct km_file *f, int fd, int sock,
 		km_sys_close(fds[0]);
 		km_sys_close(fds[1]);
 		km_sys_close(fds[2]);
+		tell_unproven(fd, err);
 		return KM_REASON_PEER_UID;
 	}
 	err = km_segment_attach(&f->seg, fds[0]);

@@ -127,7 +127,8 @@ static int nap_on_bell(struct km_file *f, struct km_conn *conn, int fd, short ev
 				  sigfd < 0 ? NULL : &mask, KM_SIGSET_SIZE, 0);
 	}
 	if (err > 0 && pfds[0].revents == 0 && pfds[1].revents && !has_news(conn))
-		err = km_idle_wake(sigfd < 0 ? NULL : (const sigset_t *)&mask) < 0
+		err = km_idle_wake(&f->bell, 1,
+				   sigfd < 0 ? NULL : (const sigset_t *)&mask) < 0
 			      ? -EINTR
 			      : err;
 	else if (err > 0)
