@@ -86,8 +86,7 @@ def latch() -> int:
 
 
 def ring(sock: socket.socket) -> None:
-    """Rings a latch.  Python's own shutdown would do if it were a plain call."""
-    # An unconnected datagram socket takes it.
+    """Rings a latch."""
     sock.shutdown(socket.SHUT_RD)
 
 
@@ -141,7 +140,7 @@ class Liar:
             assert self.tcp.recv(1) == b"p"
 
     def gone(self) -> bool:
-        """Has the victim closed this connection?"""
+        """Whether the victim has closed this connection."""
         self.tcp.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             try:
@@ -220,7 +219,7 @@ class Liar:
         self.meet()
         if self.connects:
             kind, fds = self.receive()
-            assert kind == HELLO and len(fds) == 3
+            assert (kind, len(fds)) == (HELLO, 3)
             self.memory = self._map(fds[0])
             self.send(self.message(), self.own)
             self.state(ATTACHED)
@@ -230,7 +229,7 @@ class Liar:
             self.memory = self._map(fd)
             self.ping()
             kind, fds = self.receive()
-            assert kind == ACK and len(fds) == 2
+            assert (kind, len(fds)) == (ACK, 2)
             self.state(READY)
         self.bell = self._map(fds[-2])
         self.latch = socket.socket(fileno=fds[-1])
@@ -307,7 +306,8 @@ class Liar:
 
         A sleeper on the futex looks again by itself, soon.
         """
-        assert self.bell is not None and self.latch is not None
+        assert self.bell is not None
+        assert self.latch is not None
         for at in (*range(384, 384 + 2048, 8), *range(256, 288, 8)):
             struct.pack_into("=Q", self.bell, at, 2**64 - 1)
         ring(self.latch)

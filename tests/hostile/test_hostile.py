@@ -19,7 +19,9 @@ from tests.hostile.liar import Liar, until
 from tests.hostile.victims import Spawn, Victim
 
 SHAPES = ("thread", "poll", "epoll")
-ROLES = pytest.mark.parametrize("connects", [True, False], ids=["victim-accepts", "victim-connects"])
+ROLES = pytest.mark.parametrize(
+    "connects", [True, False], ids=["victim-accepts", "victim-connects"]
+)
 BOTH = pytest.mark.parametrize("shape", SHAPES)
 
 
@@ -47,14 +49,14 @@ def _published_beyond(liar: Liar) -> None:
 def _published_backwards(liar: Liar) -> None:
     liar.cut_over()
     liar.write(b"honest")
-    until("the victim's answer", lambda: liar.get(liar.tx, "rpos") == 6)
+    _taken(liar, 6)
     liar.put(liar.tx, "wpos", 3)
 
 
 def _level_ends_in_the_past(liar: Liar) -> None:
     liar.cut_over()
     liar.write(b"honest")
-    until("the victim's answer", lambda: liar.get(liar.tx, "rpos") == 6)
+    _taken(liar, 6)
     liar.put(liar.tx, "grow_at", 2)
     liar.put(liar.tx, "wpos", 12)
 
@@ -74,8 +76,12 @@ def _cut_in_the_past(liar: Liar) -> None:
 def _bytes_beside_the_ring(liar: Liar) -> None:
     liar.cut_over()
     liar.write(b"honest")
-    until("the victim's answer", lambda: liar.get(liar.tx, "rpos") == 6)
+    _taken(liar, 6)
     liar.tcp.sendall(b"by the kernel")
+
+
+def _taken(liar: Liar, upto: int) -> None:
+    until("the victim to have read", lambda: liar.get(liar.tx, "rpos") == upto)
 
 
 def _taken_beyond(liar: Liar) -> None:
@@ -85,10 +91,7 @@ def _taken_beyond(liar: Liar) -> None:
     for _ in range(3):
         before = liar.get(liar.tx, "wpos")
         liar.write(b"x" * 8000)
-        until(
-            "the victim to have read",
-            lambda at=before + 8000: liar.get(liar.tx, "rpos") == at,
-        )
+        _taken(liar, before + 8000)
 
 
 def _stopped_beyond(liar: Liar) -> None:
@@ -133,22 +136,6 @@ def test_lies(victim: Victim, connects: bool, shape: str) -> None:
 
 
 # -- lies in the rendezvous
-
-
-def _fds(*more: int) -> Callable[[Liar], list[int]]:
-    return lambda liar: [lies.segment(), *map(os.dup, liar.own), *more]
-
-
-def _instead_of_segment(make: Callable[[], int]) -> Callable[[Liar], list[int]]:
-    return lambda liar: [make(), *map(os.dup, liar.own)]
-
-
-def _instead_of_latch(make: Callable[[], int]) -> Callable[[Liar], list[int]]:
-    return lambda liar: [lies.segment(), os.dup(liar.own[0]), make()]
-
-
-def _instead_of_bell(make: Callable[[], int]) -> Callable[[Liar], list[int]]:
-    return lambda liar: [lies.segment(), make(), os.dup(liar.own[1])]
 
 
 def _directory() -> int:
@@ -215,44 +202,72 @@ def _by_the_kernel(victim: Victim, liar: Liar) -> None:
     victim.honest()
 
 
+# What the victim says of a rendezvous that was not as it should be.
+REFUSALS = ("peer-bad", "peer-version", "syscall-failed", "peer-cancelled")
+Attempt = Callable[[Liar], tuple[bytes, list[int]]]
+
+
+def _proper(liar: Liar) -> list[int]:
+    own = [os.dup(fd) for fd in liar.own]
+    return own if liar.connects else [lies.segment(), *own]
+
+
+def _in_place_of(index: int, make: Callable[[], int]) -> Attempt:
+    """The proper message with one descriptor exchanged."""
+
+    def attempt(liar: Liar) -> tuple[bytes, list[int]]:
+        fds = _proper(liar)
+        os.close(fds[index])
+        fds[index] = make()
+        return liar.message(), fds
+
+    return attempt
+
+
+def _says(**words: int) -> Attempt:
+    return lambda liar: (liar.message(**words), _proper(liar))
+
+
+def _with_fds(change: Callable[[list[int]], list[int]]) -> Attempt:
+    return lambda liar: (liar.message(), change(_proper(liar)))
+
+
+def _attempts(*, connects: bool) -> list[Attempt]:
+    bell = 0 if connects else 1
+    return [
+        *(_in_place_of(bell, make) for make in BELLS),
+        *(_in_place_of(bell + 1, make) for make in STRANGE),
+        *(_in_place_of(0, make) for make in (() if connects else SEGMENTS)),
+        _says(magic=1),
+        _says(version=lies.VERSION - 1),
+        _says(kind=7),
+        _says(kind=lies.HELLO if connects else lies.ACK),
+        _says(slot=16384),
+        _with_fds(lambda fds: []),
+        _with_fds(lambda fds: fds[:-1]),
+        _with_fds(lambda fds: [*fds, _directory()]),
+        _with_fds(lambda fds: [*fds, *(os.dup(0) for _ in range(40))]),
+        lambda liar: (liar.message()[:-1], _proper(liar)),
+        lambda liar: (liar.message() + b"more", _proper(liar)),
+        lambda liar: (b"x", []),
+    ]
+
+
 @ROLES
 def test_refused_hellos(victim: Victim, connects: bool) -> None:
     with victim.liar(connects=connects) as liar:
         liar.upgrade()
     victim.line()
     descriptors, segments = victim.descriptors(), victim.segments()
-    before = sum(victim.reason(name) for name in ("peer-bad", "peer-version", "syscall-failed", "peer-cancelled"))
-    attempts: list[Callable[[Liar], tuple[bytes, list[int]]]] = []
-
-    def proper(liar: Liar) -> list[int]:
-        own = [os.dup(fd) for fd in liar.own]
-        return own if liar.connects else [lies.segment(), *own]
-
-    first = 0 if connects else 1
-    for make in BELLS:
-        attempts.append(lambda liar, make=make: (liar.message(), [*proper(liar)[:first], make(), os.dup(liar.own[1])]))
-    for make in STRANGE:
-        attempts.append(lambda liar, make=make: (liar.message(), [*proper(liar)[: first + 1], make()]))
-    if not connects:
-        for make in SEGMENTS:
-            attempts.append(lambda liar, make=make: (liar.message(), [make(), *map(os.dup, liar.own)]))
-    for words in ({"magic": 1}, {"version": 2}, {"kind": 7}, {"slot": 16384}, {"kind": 2 if not connects else 1}):
-        attempts.append(lambda liar, words=words: (liar.message(**words), proper(liar)))
-    attempts.append(lambda liar: (liar.message(), []))
-    attempts.append(lambda liar: (liar.message(), proper(liar)[:-1]))
-    attempts.append(lambda liar: (liar.message(), [*proper(liar), _directory()]))
-    attempts.append(lambda liar: (liar.message(), [*proper(liar), *(os.dup(0) for _ in range(40))]))
-    attempts.append(lambda liar: (liar.message()[:-1], proper(liar)))
-    attempts.append(lambda liar: (liar.message() + b"more", proper(liar)))
-    attempts.append(lambda liar: (b"x", []))
+    attempts = _attempts(connects=connects)
+    before = sum(map(victim.reason, REFUSALS))
     for attempt in attempts:
         with victim.liar(connects=connects) as liar:
             _tried(liar, *attempt(liar))
             _by_the_kernel(victim, liar)
         assert victim.line() == "gone end"
         victim.settled(descriptors, segments)
-    after = sum(victim.reason(name) for name in ("peer-bad", "peer-version", "syscall-failed", "peer-cancelled"))
-    assert after - before == len(attempts)
+    assert sum(map(victim.reason, REFUSALS)) - before == len(attempts)
     assert victim.counter("upgrades") == 2
     assert victim.counter("protocol_resets") == 0
 
@@ -260,7 +275,10 @@ def test_refused_hellos(victim: Victim, connects: bool) -> None:
 @ROLES
 def test_a_hello_that_never_completes(victim: Victim, connects: bool) -> None:
     descriptors = victim.descriptors()
-    with victim.liar(connects=connects) as silent, victim.liar(connects=connects) as absent:
+    with (
+        victim.liar(connects=connects) as silent,
+        victim.liar(connects=connects) as absent,
+    ):
         silent.meet()
         if connects:
             # Listens, and accepts nothing.
@@ -302,9 +320,7 @@ NOBODY, DAEMON = 65534, 1
 
 
 def _as_user(uid: int, act: Callable[[], None]) -> int:
-    """Runs act in a child of that user id, which stays until its pipe is closed; the
-    descriptor that ends it.
-    """
+    """Runs act in a child of that user id; the descriptor whose close ends it."""
     done_read, done_write = os.pipe()
     stay_read, stay_write = os.pipe()
     pid = os.fork()
@@ -379,6 +395,14 @@ def test_an_intruder_on_the_offer(
 # -- doorbells
 
 
+def _answered(liar: Liar, data: bytes) -> None:
+    """By the rings, both ways."""
+    wanted = liar.get(liar.rx, "wpos") + len(data)
+    liar.write(data)
+    until("an answer", lambda: liar.get(liar.rx, "wpos") == wanted)
+    liar.put(liar.rx, "rpos", wanted)
+
+
 def _flood(victim: Victim, latch: socket.socket, counter: str, more: int) -> None:
     """Rings until that counter of the victim's has grown so much."""
     wanted = victim.counter(counter) + more
@@ -408,9 +432,7 @@ def test_a_flood_of_doorbells(victim: Victim, shape: str) -> None:
             assert victim.cpu_s() - cpu < (time.monotonic() - began) / 2
         victim.honest()
         # It is a delay, and nothing else: the liar's connection goes on too.
-        before = liar.get(liar.rx, "wpos")
-        liar.write(b"honest")
-        until("an answer", lambda: liar.get(liar.rx, "wpos") == before + 6)
+        _answered(liar, b"honest")
         assert len(victim.log_lines()) == 1
         # Nobody has a connection with the liar any more, and still it rings.
         latch = socket.socket(fileno=os.dup(liar.latch.fileno()))
@@ -439,10 +461,7 @@ def test_nothing_makes_a_ring_block(victim: Victim, connects: bool, shape: str) 
         for turn in range(1, 100):
             # A sleeper that was not rung for yet.
             os.pwrite(liar.own[0], ((turn << 32) + 1).to_bytes(8, "little"), 128)
-            before = liar.get(liar.rx, "wpos")
-            liar.write(b"y")
-            until("an answer", lambda: liar.get(liar.rx, "wpos") == before + 1)
-            liar.put(liar.rx, "rpos", before + 1)
+            _answered(liar, b"y")
         assert page[:8] != bytes(8)
         assert victim.counter("doorbells_rung") >= 99
         own.close()

@@ -3,8 +3,9 @@
 
     echo.py thread|poll|epoll [UID]
 
-Becomes that user.  Prints its port, then a line for each connection that ended: how.  A line "PORT" on
-standard input makes it connect there and treat that connection like the others.
+Becomes that user.  Prints its port, then a line for each connection that ended: how.
+A line "PORT" on standard input makes it connect there and treat that connection like
+the others.
 """
 
 from __future__ import annotations
@@ -62,8 +63,12 @@ def threads(listener: socket.socket) -> None:
         threading.Thread(target=serve, args=(sock,), daemon=True).start()
 
 
-def events(listener: socket.socket, wait: Callable[[], list[tuple[int, int]]],
-           watch: Callable[[int, int], object], drop: Callable[[int], object]) -> None:
+def events(
+    listener: socket.socket,
+    wait: Callable[[], list[tuple[int, int]]],
+    watch: Callable[[int, int], object],
+    drop: Callable[[int], object],
+) -> None:
     """One loop for all connections."""
     socks: dict[int, socket.socket] = {}
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The honest connection beside the liar's: pinger.py PORT.
 
-Each line on standard input is sent and waited for, some 20,000 bytes of it; "ok" follows.
+Each line on standard input is sent and waited for, some 20,000 bytes of it; "ok"
+follows.
 """
 
 from __future__ import annotations

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A minute of fuzzing in all, from the corpus that is kept (docs/fuzzing.md)."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "fuzz"
+SECONDS = 20
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("target", ["fuzz_channel", "fuzz_hello", "fuzz_preload"])
+def test_fuzz(target: str, kernel_env: dict[str, str], tmp_path: Path) -> None:
+    if shutil.which("clang-14") is None:
+        pytest.skip("clang-14 is not installed; scripts/setup test installs it")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    # Workers of pytest-xdist share the build tree.
+    with (BUILD / "pytest.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            ["cmake", "--preset", "fuzz"],
+            ["cmake", "--build", "--preset", "fuzz"],
+        ):
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, f"{command}:\n{done.stdout}{done.stderr}"
+    corpus = ROOT / "core" / "fuzz" / "corpus" / target
+    assert any(corpus.iterdir())
+    done = subprocess.run(
+        [
+            os.fspath(BUILD / "fuzz" / target),
+            f"-max_total_time={SECONDS}",
+            "-max_len=1024",
+            "-len_control=0",
+            "-timeout=60",
+            f"-artifact_prefix={tmp_path}/",
+            os.fspath(tmp_path),
+            os.fspath(corpus),
+        ],
+        env=kernel_env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
