@@ -189,9 +189,8 @@ static int nap_on_bell(kmap_channel *ch, int *epfd, int bell, int64_t left)
 {
 	struct epoll_event ev[2] = {{.events = EPOLLIN | EPOLLET},
 				    {.events = EPOLLRDHUP}};
-	int ms = left == INT64_MAX
-			 ? -1
-			 : (int)KM_MIN((left + 999999) / 1000000, INT32_MAX);
+	int ms = left == INT64_MAX ? -1
+				   : (int)KM_MIN((left + 999999) / 1000000, INT32_MAX);
 
 	if (*epfd < 0) {
 		*epfd = km_sys_epoll_create(EPOLL_CLOEXEC);

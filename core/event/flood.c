@@ -48,9 +48,9 @@ static uint64_t moved(struct km_bell *const *bells, uint32_t n)
 			const struct km_conn *conn = f ? f->conn : NULL;
 
 			if (conn)
-				bytes += __atomic_load_n(&conn->rx.r,
-							 __ATOMIC_RELAXED) +
-					 __atomic_load_n(&conn->tx.w, __ATOMIC_RELAXED);
+				bytes +=
+					__atomic_load_n(&conn->rx.r, __ATOMIC_RELAXED) +
+					__atomic_load_n(&conn->tx.w, __ATOMIC_RELAXED);
 		}
 	return bytes;
 }

@@ -157,8 +157,8 @@ static void victim_io(struct bout *b, bool reads)
 		  : kmap_channel_write(b->victim, buf, len, timeout);
 	FUZZ_CHECK(n <= (ssize_t)len);
 	/* libFuzzer's timer interrupts calls. */
-	FUZZ_CHECK(n >= 0 || n == -EAGAIN || n == -EINTR || n == -ETIMEDOUT || n == -EPROTO ||
-		   n == -EPIPE || n == -ECONNRESET);
+	FUZZ_CHECK(n >= 0 || n == -EAGAIN || n == -EINTR || n == -ETIMEDOUT ||
+		   n == -EPROTO || n == -EPIPE || n == -ECONNRESET);
 	free(buf);
 }
 

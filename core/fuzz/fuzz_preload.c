@@ -30,8 +30,8 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 
 static void victim_recv(struct bout *b, uint64_t how)
 {
-	static const int flags[] = {0, 0, 0, 0, MSG_PEEK, MSG_WAITALL, MSG_TRUNC,
-				    MSG_DONTWAIT};
+	static const int flags[] = {0,	      0,	   0,	      0,
+				    MSG_PEEK, MSG_WAITALL, MSG_TRUNC, MSG_DONTWAIT};
 	size_t len = fuzz_take(&b->in, 2) * (how & 8 ? 5 : 1);
 	uint8_t *buf = malloc(len ? len : 1);
 	struct iovec iov[2] = {{buf, len / 2}, {buf + len / 2, len - len / 2}};

@@ -266,8 +266,8 @@ bool liar_meet(struct liar *l)
 
 static void take_bell(struct liar *l, int memfd, int latch)
 {
-	l->bell = mmap(NULL, KM_BELL_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, memfd,
-		       0);
+	l->bell =
+		mmap(NULL, KM_BELL_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
 	FUZZ_CHECK(l->bell != MAP_FAILED);
 	km_sys_close(memfd);
 	l->latch = latch;
@@ -285,9 +285,8 @@ static void cursors(struct liar *l)
 
 static bool as_acceptor(struct liar *l)
 {
-	struct km_wire_hello hello = {.magic = KM_HELLO_MAGIC,
-				      .version = KM_WIRE_VERSION,
-				      .kind = KM_HELLO};
+	struct km_wire_hello hello = {
+		.magic = KM_HELLO_MAGIC, .version = KM_WIRE_VERSION, .kind = KM_HELLO};
 	struct sockaddr_in local;
 	socklen_t len = sizeof(local);
 	int fds[3], got[LIAR_FDS];

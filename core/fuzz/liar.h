@@ -17,10 +17,10 @@ struct liar {
 	int tcp;    /* its end */
 	int victim; /* the other one, tracked */
 	bool victim_connects;
-	int listener;		/* of the rendezvous, when the victim accepts */
-	int hello;		/* the rendezvous, once connected */
-	struct km_segment seg;	/* its mapping */
-	struct km_producer tx;	/* what it writes honestly */
+	int listener;	       /* of the rendezvous, when the victim accepts */
+	int hello;	       /* the rendezvous, once connected */
+	struct km_segment seg; /* its mapping */
+	struct km_producer tx; /* what it writes honestly */
 	struct km_consumer rx;
 	struct km_wire_bell *bell; /* the victim's */
 	int latch;		   /* the victim's */
