@@ -378,7 +378,8 @@ static int prove(int sock, const struct km_address *local,
 static void tell_unproven(int fd, int err)
 {
 	km_log(KM_LOG_ERROR,
-	       "fd %d: whoever came to the rendezvous does not own the other end of the "
+	       "fd %d: whoever came to the rendezvous does not own the other end of "
+	       "the "
 	       "connection (%d); it stays on the kernel",
 	       fd, err);
 }
