@@ -215,7 +215,7 @@ static void note_option(struct km_file *f, int fd, int name)
 		km_sys_getsockopt(fd, SOL_SOCKET, name, &f->conn->lowat, &len);
 		if ((km_file_level(f, POLLIN) & (POLLIN | POLLERR | POLLHUP)) == POLLIN)
 			km_event_news(f, KM_NEWS_DATA);
-		if (km_stream_finished(fd))
+		if (km_stream_finished(f, fd))
 			km_event_ended_again(f);
 	}
 }

@@ -31,7 +31,7 @@ ssize_t km_kernel_recv(int fd, const struct iovec *iov, int iovcnt, int flags);
 ssize_t km_kernel_send(int fd, const struct iovec *iov, int iovcnt, int flags);
 /* revents, 0 when nothing is ready. */
 uint32_t km_kernel_poll(int fd, short events);
-/* Has the stream of fd's peer ended?  (Or it was reset, having received something.) */
+/* Has the stream of fd's peer ended, and not been reset since? */
 bool km_kernel_ended(int fd);
 /* Will conn's ring not be written any more, or never? */
 bool km_tx_by_kernel(const struct km_conn *conn);

@@ -101,7 +101,8 @@ bool km_kernel_ended(int fd)
 {
 	struct tcp_info info;
 
-	return tcp_info(fd, &info) == 0 && has_fin(&info, fd, 0, false);
+	return tcp_info(fd, &info) == 0 && info.tcpi_state != TCP_STATE_CLOSE &&
+	       has_fin(&info, fd, 0, false);
 }
 
 int km_kernel_taken(int fd, uint64_t cut, bool ended, uint64_t *out)

@@ -99,9 +99,13 @@ bool km_stream_failed(int fd)
 	return km_kernel_poll(fd, 0) & POLLERR;
 }
 
-bool km_stream_finished(int fd)
+bool km_stream_finished(const struct km_file *f, int fd)
 {
-	return km_kernel_ended(fd);
+	const struct km_conn *conn = f->conn;
+
+	return km_kernel_ended(fd) ||
+	       (conn && (km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) &
+			 (KM_P_FIN | KM_P_CLOSED)));
 }
 
 int km_stream_inq(struct km_file *f, int fd, int *bytes)

@@ -66,8 +66,8 @@ void km_stream_settle(struct km_file *f, int fd);
 
 /* Does the kernel's socket hold an error that nobody was told of? */
 bool km_stream_failed(int fd);
-/* Has the peer ended its stream?  (Or was the socket reset, having received something.) */
-bool km_stream_finished(int fd);
+/* Has the peer ended its stream, as far as that is known after a reset? */
+bool km_stream_finished(const struct km_file *f, int fd);
 /* Has the peer left the ring that f writes, so that km_stream_look has work? */
 bool km_stream_left(const struct km_file *f);
 /* FIONREAD and SIOCOUTQ. */
