@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import textwrap
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -14,7 +15,7 @@ from rich.table import Table
 from kmap import native
 from kmap.render import byte_count, renders
 from kmap.results import SubParsers, UsageError, command_parser
-from kmap.stress.plan import FAULTS
+from kmap.stress.faults import FAULTS, KINDS
 from kmap.stress.session import (
     LEVELS,
     Options,
@@ -22,6 +23,18 @@ from kmap.stress.session import (
     StressResult,
     Tally,
 )
+
+
+def _kinds() -> str:
+    """The kinds of fault, one paragraph each."""
+    width = max(map(len, FAULTS)) + 4
+    lines = ["kinds of fault:"]
+    for kind in KINDS.values():
+        text = textwrap.wrap(kind.meaning, 88 - width)
+        text += [f"(counted: {kind.counts}{'; also on rings' if kind.ring else ''})"]
+        lines.append(f"  {kind.name:{width - 2}}{text[0]}")
+        lines += [" " * width + line for line in text[1:]]
+    return "\n".join(lines)
 
 
 def add_parser(subparsers: SubParsers) -> None:
@@ -35,6 +48,7 @@ def add_parser(subparsers: SubParsers) -> None:
         "verified, while\npeers are killed, buffers fill up and upgrades are refused.  "
         "What happens follows\nfrom the seed.  The first failure ends the run, with a "
         "line that replays it.",
+        epilog=_kinds(),
     )
     parser.add_argument(
         "--duration",
@@ -50,7 +64,7 @@ def add_parser(subparsers: SubParsers) -> None:
         "--faults",
         default="all",
         metavar="KINDS",
-        help=f"all, none, or some of {','.join(FAULTS)} (default: all)",
+        help="all, none, or some of the kinds below, with commas (default: all)",
     )
     parser.add_argument(
         "--jobs",

@@ -7,13 +7,16 @@ import contextlib
 import functools
 import json
 import os
+import random
 import select
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Protocol
 
-from kmap.stress.flow import End, Flow, Mismatch, Outcome
+from kmap.stress.end import End
+from kmap.stress.flipper import Flipper, flip
+from kmap.stress.flow import Flow, Mismatch, Outcome
 from kmap.stress.stream import MAX_READ
 
 # Calls that one end may make before the others of its loop have their turn.
@@ -44,9 +47,16 @@ def configure(end: End) -> None:
 class Blocking:
     """One end with blocking calls, in threads of its own."""
 
-    def __init__(self, end: Flow, others: Callable[[], Sequence[Flow]]) -> None:
+    def __init__(
+        self,
+        end: Flow,
+        others: Callable[[], Sequence[Flow]],
+        bequeath: Callable[[End], str] = lambda end: "",
+    ) -> None:
         self._end = end
         self._others = others
+        # Gives the connection to another program; what that reports.
+        self._bequeath = bequeath
         largest = max(min(max(end.end.recv_sizes), MAX_READ), 4096)
         self._buffer = memoryview(bytearray(largest))
 
@@ -64,7 +74,25 @@ class Blocking:
         end = self._end
         if end.stalled:
             end.released.wait()
-        end.receive_some(self._buffer)
+        try:
+            end.receive_some(self._buffer)
+        except BlockingIOError:
+            # Somebody has set O_NONBLOCK, which may also be cleared again by now.
+            self._wait(select.POLLIN)
+
+    def _send(self) -> None:
+        try:
+            self._end.send_some()
+        except BlockingIOError:
+            self._wait(select.POLLOUT)
+
+    def _wait(self, event: int) -> None:
+        end = self._end
+        if not isinstance(end, End):
+            raise AssertionError("a blocking call on a channel would block")
+        poll = select.poll()
+        poll.register(end.fd if event == select.POLLIN else end.out_fd, event)
+        poll.poll()
 
     def _run_gates(self) -> None:
         """Turn by turn: reads what the next gate needs, then writes what it allows."""
@@ -74,10 +102,10 @@ class Blocking:
                 self._receive()
             if end.at_eof or end.reset:
                 break
-            if end.end.fork and end.end.fork_gate == index and self._fork():
+            if end.end.fork_gate == index and self._part():
                 return
             while end.sent < allowed and not end.broken:
-                end.send_some()
+                self._send()
         self._read_on()
 
     def _read_on(self) -> None:
@@ -97,7 +125,7 @@ class Blocking:
                     while end.sent < allowed and end.received >= need:
                         if end.broken:
                             return
-                        end.send_some()
+                        self._send()
                 if end.end.finish == "early" and end.sent == end.out_total:
                     end.shut = True
                     end.half_close()
@@ -125,10 +153,51 @@ class Blocking:
         while not end.settle():
             self._receive()
 
+    def _part(self) -> bool:
+        """What the plan has for this gate; whether the connection is dealt with."""
+        end = self._end
+        if end.end.fork == "flip":
+            self._start_flipper()
+            return False
+        if end.end.fork:
+            return self._fork()
+        if end.end.heir and isinstance(end, End):
+            self._take_over(self._bequeath(end), f"the program ({end.end.heir})")
+            return True
+        return False
+
+    def _start_flipper(self) -> None:
+        end = self._end
+        assert isinstance(end, End)
+        (stopped, stop), (reader, writer) = os.pipe(), os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                self._close_others()
+                rng = random.Random(f"{end.setting.case}/{end.plan.number}/flip")
+                flip(end.fd, stopped, writer, rng)
+            finally:
+                os._exit(0)
+        os.close(stopped)
+        os.close(writer)
+        flipper = Flipper(pid, stop, reader)
+
+        def dismiss() -> None:
+            end.outcome.acts += flipper.dismiss()
+
+        end.dismiss = dismiss
+
+    def _close_others(self) -> None:
+        """In a child: only this connection is its business."""
+        for neighbour in self._others():
+            if neighbour is not self._end:
+                neighbour.abandon()
+
     def _fork(self) -> bool:
         """Forks as the plan says; whether the connection is dealt with here."""
         end = self._end
         kind = end.end.fork
+        end.outcome.acts += 1
         reader, writer = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -144,7 +213,7 @@ class Blocking:
             end.close()
         elif kind == "halves":
             while end.sent < end.out_total and not end.broken:
-                end.send_some()
+                self._send()
             end.shut = True
             end.half_close()
         with os.fdopen(reader, "rb") as pipe:
@@ -152,22 +221,25 @@ class Blocking:
         _, status = os.waitpid(pid, 0)
         if kind == "exit":
             return False
-        if status != 0 or not report:
-            end.outcome.trouble = f"the forked child ended with status {status:#x}"
-            end.done = True
-            end.close()
-            end.failed(end.outcome)
-            return True
-        theirs = Outcome(**json.loads(report))
-        if kind == "halves":
-            theirs.sent = end.sent
-            theirs.calls += end.outcome.calls
-        end.outcome = theirs
+        text = "" if status else report.decode()
+        self._take_over(text, f"the forked child (status {status:#x})")
+        return True
+
+    def _take_over(self, report: str, who: str) -> None:
+        """Makes the outcome of what goes on with the connection this end's own."""
+        end = self._end
+        if report:
+            theirs = Outcome(**json.loads(report))
+            if end.end.fork == "halves":
+                theirs.sent = end.sent
+                theirs.calls += end.outcome.calls
+            end.outcome = theirs
+        else:
+            end.outcome.trouble = f"{who} did not end well"
         end.done = True
         end.close()
-        if theirs.mismatch or theirs.trouble:
-            end.failed(theirs)
-        return True
+        if end.outcome.mismatch or end.outcome.trouble:
+            end.failed(end.outcome)
 
     def _child(self, kind: str, report: int) -> int:
         end = self._end
@@ -175,12 +247,10 @@ class Blocking:
             return 0
         # The parent tells what this process found, once it has read the report.
         end.failed = lambda outcome: None
-        for neighbour in self._others():
-            if neighbour is not end:
-                neighbour.close()
+        self._close_others()
         try:
             if kind == "child":
-                self._child_gates()
+                self._gates_from_fork()
             else:
                 while not end.at_eof and not end.reset:
                     self._receive()
@@ -190,7 +260,11 @@ class Blocking:
         os.write(report, json.dumps(asdict(end.outcome)).encode())
         return 0
 
-    def _child_gates(self) -> None:
+    def run_rest(self) -> None:
+        """For another program: goes on where this end changed hands."""
+        self._gates_from_fork()
+
+    def _gates_from_fork(self) -> None:
         end = self._end
         for need, allowed in end.gates[end.end.fork_gate :]:
             while end.received < need and not end.at_eof and not end.reset:
@@ -198,7 +272,7 @@ class Blocking:
             if end.at_eof or end.reset:
                 break
             while end.sent < allowed and not end.broken:
-                end.send_some()
+                self._send()
         self._read_on()
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kmap.results import JsonObject
+from kmap.stress.faults import PEER_CRASH
 from kmap.stress.match import CaseResult, Runner
-from kmap.stress.plan import PEER_CRASH
 from kmap.stress.scenarios import SCENARIOS, STYLES, find_case, scenario_id
 
 # Every way of waiting, with either side as the connector.

@@ -7,15 +7,14 @@ Nothing here waits.  :mod:`kmap.stress.drive` decides when to call ``send_some``
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import itertools
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from kmap.stress.plan import ConnectionPlan, other
 from kmap.stress.stream import MAX_SEND, Pattern, stream_key
@@ -24,8 +23,10 @@ from kmap.stress.stream import MAX_SEND, Pattern, stream_key
 # one byte), "stall" (a reader stops for ever), "leak" (a descriptor per connection).
 BREAK_VARIABLE = "KMAP_STRESS_BREAK"
 
-# What the kernel answers when the peer is gone.
+# What the kernel answers when the peer is gone ...
 GONE = frozenset({errno.ECONNRESET, errno.EPIPE})
+# ... and when the descriptor is, or has become an unconnected socket.
+_CLOSED_HERE = frozenset({errno.EBADF, errno.ENOTCONN})
 
 
 class Mismatch(Exception):
@@ -40,7 +41,8 @@ class Progress:
 
     WORDS_PER_END = 2
 
-    def __init__(self, words: memoryview, side: str, limit: int) -> None:
+    def __init__(self, fd: int, words: memoryview, side: str, limit: int) -> None:
+        self.fd = fd
         self.words = words
         self._base = 0 if side == "a" else limit * self.WORDS_PER_END
 
@@ -75,6 +77,8 @@ class Outcome:
     # A call that failed in a way that no peer can cause.
     trouble: str = ""
     calls: int = 0
+    # Faults that this end was to bring about, and has.
+    acts: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ class Setting:
 
     seed: int
     case: str
+    # The case's name in a form that another process finds its plan by.
+    identity: list[Any]
     side: str
     pattern: Pattern
     progress: Progress
@@ -96,6 +102,7 @@ class Flow:
     def __init__(self, plan: ConnectionPlan, setting: Setting) -> None:
         side = setting.side
         self.plan = plan
+        self.setting = setting
         self.end = plan.ends[side]
         self.gates = plan.gates[side]
         self.out_total = plan.total(side)
@@ -105,6 +112,10 @@ class Flow:
         self.received = 0
         self.at_eof = False
         self.shut = False
+        # Bytes moved both ways when the next act is due.
+        self._act_at = self.end.act_at
+        # The descriptor was closed under this end, or is another socket.
+        self.gone = False
         # Set when a write failed because the peer is gone: what is left is to read.
         self.broken = False
         self.reset = False
@@ -141,6 +152,16 @@ class Flow:
     def close(self) -> None:
         """Gives back what this process holds of the connection."""
         raise NotImplementedError
+
+    def abandon(self) -> None:
+        """In a forked child: gives back what it has of a connection of its parent's.
+
+        Takes no lock: a thread that is not there may hold it.
+        """
+        self.close()
+
+    def act(self) -> None:
+        """Brings about what the plan has for this end."""
 
     def _send(self, call: str, size: int) -> int:
         raise NotImplementedError
@@ -211,7 +232,7 @@ class Flow:
         """Ends with an error."""
         if isinstance(error, Mismatch):
             self.outcome.mismatch = str(error)
-        elif isinstance(error, OSError) and error.errno in GONE:
+        elif isinstance(error, OSError) and self._is_gone(error):
             self.outcome.end = errno.errorcode[error.errno or 0]
         else:
             self.outcome.trouble = f"{type(error).__name__}: {error}"
@@ -219,7 +240,17 @@ class Flow:
         if self.outcome.mismatch or self.outcome.trouble:
             self.failed(self.outcome)
 
+    def _is_gone(self, error: OSError) -> bool:
+        return error.errno in GONE or (self.gone and error.errno in _CLOSED_HERE)
+
     # Moving bytes.
+
+    def _moved(self, count: int) -> None:
+        if self._fuse is not None:
+            self._fuse.burn(count)
+        if self.end.act and self.sent + self.received >= self._act_at:
+            self._act_at += max(self.end.act_at, 1)
+            self.act()
 
     def send_some(self) -> None:
         """Sends one piece of what may go out; a peer that is gone ends the sending."""
@@ -234,17 +265,20 @@ class Flow:
             self.report_stuck()
             raise
         except OSError as error:
-            if error.errno not in GONE:
+            if not self._is_gone(error):
                 raise
-            self.outcome.end = self.outcome.end or errno.errorcode[error.errno]
+            self._note_end(error)
             self.broken = True
+            self.reset = self.reset or self.gone
             return
         self._pending = None
         self.outcome.calls += 1
         self.sent += count
         self._words[self._slot] = self.sent
-        if self._fuse is not None:
-            self._fuse.burn(count)
+        self._moved(count)
+
+    def _note_end(self, error: OSError) -> None:
+        self.outcome.end = self.outcome.end or errno.errorcode[error.errno or 0]
 
     def report_stuck(self) -> None:
         """Tells the session once that there is no room for more."""
@@ -263,10 +297,11 @@ class Flow:
         except BlockingIOError:
             raise
         except OSError as error:
-            if error.errno not in GONE:
+            if not self._is_gone(error):
                 raise
-            self.outcome.end = self.outcome.end or errno.errorcode[error.errno]
+            self._note_end(error)
             self.reset = True
+            self.broken = self.broken or self.gone
             return
         self.outcome.calls += 1
         if count == 0:
@@ -281,8 +316,7 @@ class Flow:
         self._words[self._slot + 1] = self.received
         if self._breakage == "stall" and self.received >= 1000:
             threading.Event().wait()
-        if self._fuse is not None:
-            self._fuse.burn(count)
+        self._moved(count)
 
     def _verify(self, data: memoryview | bytes) -> None:
         if not self._pattern.matches(self._in_key, self.received, data):
@@ -302,110 +336,3 @@ class Flow:
         cuts = sorted({0, size // 7, size // 3, size // 2, size})
         parts = [whole[a:b] for a, b in itertools.pairwise(cuts)]
         return [*parts[:1], whole[:0], *parts[1:]]
-
-
-class End(Flow):
-    """One end of a TCP connection."""
-
-    def __init__(
-        self, plan: ConnectionPlan, setting: Setting, sock: socket.socket
-    ) -> None:
-        super().__init__(plan, setting)
-        self.sock = sock
-        self.fd = sock.fileno()
-        self.out_fd = os.dup(self.fd) if self.end.dup else self.fd
-        self.out_sock = socket.socket(fileno=self.out_fd) if self.end.dup else self.sock
-        self._senders: dict[str, Callable[[int], int]] = {
-            "send": self._do_send,
-            "sendall": self._do_sendall,
-            "sendmsg": self._do_sendmsg,
-            "write": self._do_write,
-            "writev": self._do_writev,
-            "sendfile": self._do_sendfile,
-        }
-        self._receivers: dict[str, Callable[[memoryview], int]] = {
-            "recv": self._do_recv,
-            "recv_into": self._do_recv_into,
-            "recvmsg_into": self._do_recvmsg_into,
-            "read": self._do_read,
-            "readv": self._do_readv,
-            "peek": self._do_peek,
-        }
-
-    def half_close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_WR)
-
-    def close(self) -> None:
-        if self.end.dup:
-            self.out_sock.close()
-        self.sock.close()
-
-    def _send(self, call: str, size: int) -> int:
-        return self._senders[call](size)
-
-    def _receive(self, call: str, buffer: memoryview) -> int:
-        return self._receivers[call](buffer)
-
-    def _do_send(self, size: int) -> int:
-        return self.out_sock.send(self._piece(size))
-
-    def _do_sendall(self, size: int) -> int:
-        self.out_sock.sendall(self._piece(size))
-        return size
-
-    def _do_sendmsg(self, size: int) -> int:
-        return self.out_sock.sendmsg(self._pieces(size))
-
-    def _do_write(self, size: int) -> int:
-        return os.write(self.out_fd, self._piece(size))
-
-    def _do_writev(self, size: int) -> int:
-        return os.writev(self.out_fd, self._pieces(size))
-
-    def _do_sendfile(self, size: int) -> int:
-        offset = self._pattern.offset(self._out_key, self.sent)
-        return os.sendfile(self.out_fd, self._pattern.fd, offset, size)
-
-    def _do_recv(self, buffer: memoryview) -> int:
-        data = self.sock.recv(len(buffer))
-        self._verify(data)
-        return len(data)
-
-    def _do_recv_into(self, buffer: memoryview) -> int:
-        count = self.sock.recv_into(buffer)
-        self._verify(buffer[:count])
-        return count
-
-    def _do_recvmsg_into(self, buffer: memoryview) -> int:
-        third = len(buffer) // 3
-        count = self.sock.recvmsg_into([buffer[:third], buffer[third:]])[0]
-        self._verify(buffer[:count])
-        return count
-
-    def _do_read(self, buffer: memoryview) -> int:
-        data = os.read(self.fd, len(buffer))
-        self._verify(data)
-        return len(data)
-
-    def _do_readv(self, buffer: memoryview) -> int:
-        half = len(buffer) // 2
-        count = os.readv(self.fd, [buffer[:half], buffer[half:]])
-        self._verify(buffer[:count])
-        return count
-
-    def _do_peek(self, buffer: memoryview) -> int:
-        """Looks, then takes: at least what was seen must be there."""
-        size = min(len(buffer), 4096)
-        seen = self.sock.recv(size, socket.MSG_PEEK)
-        if not seen:
-            return 0
-        self._verify(seen)
-        data = self.sock.recv(size)
-        if len(data) < len(seen):
-            raise Mismatch(
-                f"a peek at {self.received} saw {len(seen)} bytes, and the read after "
-                f"it got {len(data)}"
-            )
-        self._verify(data)
-        return len(data)

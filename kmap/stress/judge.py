@@ -55,6 +55,26 @@ def _complete(plan: ConnectionPlan, side: str, outcome: Outcome) -> bool:
     )
 
 
+def _cut_short(
+    plan: ConnectionPlan, side: str, own: Outcome, peer: Outcome
+) -> list[Finding]:
+    """What must hold although an end has cut its connection short.
+
+    A stream that an end shut down, and nothing else, still arrives whole, unless the
+    connection was reset.
+    """
+    gentle = all(end.act in ("", "shut-wr") for end in plan.ends.values())
+    if gentle and own.end in ("eof", "closed") and own.received < peer.sent:
+        return [
+            Finding(
+                "lost",
+                f"{_name(plan, side)}: the peer had sent {peer.sent} bytes before "
+                f"it ended its stream, {own.received} arrived, end {own.end}",
+            )
+        ]
+    return []
+
+
 def judge(
     plan: CasePlan,
     outcomes: Mapping[str, Sequence[Outcome]],
@@ -69,15 +89,22 @@ def judge(
     and received by then, by connection.  A ring holds what was published in any case.
     """
     findings: list[Finding] = []
-    for side in SIDES:
-        if side == dead:
-            continue
-        by_number = {outcome.number: outcome for outcome in outcomes[side]}
+    every = {
+        side: {outcome.number: outcome for outcome in outcomes[side]}
+        for side in SIDES
+        if side != dead
+    }
+    for side, by_number in every.items():
         for connection in plan.connections:
             outcome = by_number[connection.number]
             found = own_faults(connection, side, outcome)
             name = _name(connection, side)
-            if not found and dead is None:
+            cut = dead is None and connection.cut
+            if cut and any(every[s][connection.number].acts for s in SIDES):
+                if not found:
+                    peer = every[other(side)][connection.number]
+                    found = _cut_short(connection, side, outcome, peer)
+            elif not found and dead is None:
                 if not _complete(connection, side, outcome):
                     found = [
                         Finding(

@@ -12,6 +12,29 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kmap.stress.disturb import Hog, stop_for
+from kmap.stress.faults import (
+    ATTACH_REFUSED,
+    BUFFER_FULL,
+    CLOSE_UNDER,
+    CPU_HOG,
+    DUP,
+    EXEC,
+    FAULTS,
+    FEW_DESCRIPTORS,
+    FORK,
+    HAND_OVER,
+    MEMORY_BUDGET,
+    NONBLOCK,
+    ONE_SIDE_DISABLED,
+    ONE_SIDE_WITHOUT,
+    PEER_CRASH,
+    PEER_STOP,
+    RESET,
+    SHUTDOWN,
+    SIGNALS,
+    SMALL_RINGS,
+)
 from kmap.stress.flow import Outcome
 from kmap.stress.judge import Finding, judge, outcome_class, own_faults
 from kmap.stress.pair import (
@@ -23,15 +46,11 @@ from kmap.stress.pair import (
     variant_options,
 )
 from kmap.stress.plan import (
-    ATTACH_REFUSED,
-    BUFFER_FULL,
     CASES_PER_SETTINGS,
     DISABLED,
-    FAULTS,
     NO_MEMORY,
     NORMAL,
-    ONE_SIDE_DISABLED,
-    PEER_CRASH,
+    PLAIN,
     SIDES,
     CasePlan,
     other,
@@ -42,6 +61,24 @@ from kmap.stress.stream import Pattern
 # Descriptors that a worker may hold at rest beyond those it started with: the
 # library's own, which stay for the life of the process.
 HIDDEN_DESCRIPTORS = 16
+
+# Workers with special settings that are kept for the next case that needs them.
+_KEPT_SPECIAL = 4
+# Faults that ends bring about themselves, and count.
+_BY_ENDS = frozenset(
+    {CLOSE_UNDER, SHUTDOWN, RESET, FORK, EXEC, HAND_OVER, DUP, NONBLOCK}
+)
+# Faults that keep connections on the kernel.
+_REFUSING = frozenset(
+    {
+        MEMORY_BUDGET,
+        FEW_DESCRIPTORS,
+        ATTACH_REFUSED,
+        ONE_SIDE_DISABLED,
+        ONE_SIDE_WITHOUT,
+    }
+)
+_STOP_EVERY_S = 0.03
 
 
 @dataclass
@@ -127,10 +164,18 @@ class Runner:
                     self._pattern,
                     self._progress,
                     options,
-                    kernel=self._kernel,
+                    kernel=self._kernel or variants[side] == PLAIN,
                 )
                 fresh.append(self._workers[key])
-            chosen[side] = self._workers[key]
+            # The one used last is at the end.
+            chosen[side] = self._workers[key] = self._workers.pop(key)
+        special = [
+            worker
+            for (_, variant), worker in self._workers.items()
+            if variant != NORMAL and worker not in chosen.values()
+        ]
+        for worker in special[: max(0, len(special) - _KEPT_SPECIAL)]:
+            self._drop(worker)
         for worker in fresh:
             worker.greet()
         return chosen
@@ -158,7 +203,8 @@ class Runner:
         run = _Run(plan, identity, workers, self._progress, self._patience, self._level)
         result = run.result
         try:
-            run.exchange()
+            with self._neighbour(plan, workers):
+                run.exchange()
         except _Enough:
             pass
         except _Hang:
@@ -183,6 +229,14 @@ class Runner:
             self._drop(workers[result.dead])
         return result
 
+    def _neighbour(
+        self, plan: CasePlan, workers: Mapping[str, WorkerProcess]
+    ) -> contextlib.AbstractContextManager[object]:
+        if not plan.hog:
+            return contextlib.nullcontext()
+        pids = [worker.pid for worker in workers.values()]
+        return Hog(pids, random.Random(f"{plan.name}/hog"))
+
     def _count(self, run: _Run) -> None:
         """Adds what the library did, by its own statistics."""
         result, plan = run.result, run.plan
@@ -198,6 +252,12 @@ class Runner:
             if side != result.dead:
                 result.bytes += sum(o.received for o in result.outcomes[side])
                 result.ring_bytes += deltas[side].ring_rx
+        if plan.fault in _BY_ENDS:
+            result.faults[plan.fault] += sum(
+                outcome.acts for side in SIDES for outcome in result.outcomes[side]
+            )
+        elif plan.fault == CPU_HOG:
+            result.faults[CPU_HOG] += 1
         if self._level == "ring":
             result.ring_bytes = result.bytes
             result.upgraded = len(plan.connections)
@@ -205,12 +265,14 @@ class Runner:
                 result.faults[plan.fault] += len(plan.connections)
             return
         result.upgraded = max(delta.upgrades for delta in deltas.values())
-        never = {DISABLED, NO_MEMORY} & set(plan.variants.values())
+        never = {DISABLED, NO_MEMORY, PLAIN} & set(plan.variants.values())
         if result.upgraded and never:
             text = f"{result.upgraded} connections moved to a ring with {plan.variants}"
             result.findings.append(Finding("upgraded", text))
-        if plan.fault in (ATTACH_REFUSED, ONE_SIDE_DISABLED) and not result.upgraded:
-            result.faults[plan.fault] += len(plan.connections)
+        if plan.fault in _REFUSING:
+            result.faults[plan.fault] += len(plan.connections) - result.upgraded
+        elif plan.fault == SMALL_RINGS:
+            result.faults[SMALL_RINGS] += result.upgraded or len(plan.connections)
 
 
 class _Run:
@@ -236,7 +298,8 @@ class _Run:
         self._done: dict[str, Message] = {}
         self._moved = (0, time.monotonic())
         self._killed: str | None = None
-        self._delay = random.Random(f"{plan.name}/kill")
+        self._stopped = 0
+        self._next_stop = 0.0
 
     def exchange(self) -> None:
         """Until every worker that lives has reported."""
@@ -253,7 +316,10 @@ class _Run:
                 worker.send(message, ends[side])
         while not self._over():
             self._kill_when_due()
-            waiting = self.plan.crash is not None and self._killed is None
+            self._stop_when_due()
+            waiting = bool(self.plan.stop_ms) or (
+                self.plan.crash is not None and self._killed is None
+            )
             for fd, _ in poll.poll(1 if waiting else 200):
                 side = sides[fd]
                 heard = self.workers[side].receive()
@@ -305,6 +371,18 @@ class _Run:
         self.workers[crash.victim].counts()
         self.workers[crash.victim].kill()
 
+    def _stop_when_due(self) -> None:
+        now = time.monotonic()
+        stops = self.plan.stop_ms
+        if not stops or len(self._ports) < len(SIDES) or now < self._next_stop:
+            return
+        self._next_stop = now + _STOP_EVERY_S
+        side = SIDES[self._stopped % len(SIDES)]
+        seconds = stops[self._stopped % len(stops)] / 1000
+        self._stopped += 1
+        if stop_for(self.workers[side].pid, seconds):
+            self.result.faults[PEER_STOP] += 1
+
     def _gone(self, side: str) -> None:
         crash = self.plan.crash
         if crash is None or crash.victim != side or self.workers[side].status() != -9:
@@ -329,6 +407,8 @@ class _Run:
             )
         elif op == "done":
             self._done[side] = message
+            if self.plan.fault == SIGNALS:
+                self.result.faults[SIGNALS] += message["signals"]
             self.result.outcomes[side] = [Outcome(**end) for end in message["ends"]]
         elif op == "failed":
             outcome = Outcome(**message["end"])

@@ -20,19 +20,25 @@ from typing import IO, Any
 from kmap import launch, native, procfs, wire
 from kmap.stress.flow import BREAK_VARIABLE
 from kmap.stress.plan import (
+    BUDGET,
     DISABLED,
     HUGE_RINGS,
     MAX_CONNECTIONS,
     NO_MEMORY,
+    PLAIN,
     SIDES,
+    TINY_RINGS,
     settings,
 )
 from kmap.stress.stream import Pattern
+from kmap.stress.traces import native_stacks, threads
 
 Message = dict[str, Any]
 
 _WORDS = 2 * 2 * MAX_CONNECTIONS
 _START_S = 30.0
+# What a segment counts for in KMAP_MEMORY_LIMIT: its header, and rings as they start.
+_SEGMENT_AT_FIRST = 4096 + 2 * 16384
 # Settings of this process's environment that are for the workers too.
 _KEPT = ("KMAP_LIB_DIR", "KMAP_LOG", BREAK_VARIABLE)
 
@@ -94,6 +100,8 @@ def variant_options(
     variant: str, seed: int, job: int, generation: int, side: str
 ) -> dict[str, str]:
     """Settings of a worker of the variant."""
+    if variant == PLAIN:
+        return {}
     if variant == DISABLED:
         return {"KMAP_DISABLE": "1"}
     options = settings(seed, job, generation, side)
@@ -102,6 +110,11 @@ def variant_options(
     elif variant == HUGE_RINGS:
         options["KMAP_RING_SIZE"] = str(16 << 20)
         options["KMAP_UPGRADE_AFTER"] = "8"
+    elif variant == TINY_RINGS:
+        options["KMAP_RING_SIZE"] = "4096"
+    elif variant.startswith(BUDGET):
+        count = int(variant.removeprefix(BUDGET))
+        options["KMAP_MEMORY_LIMIT"] = str(count * _SEGMENT_AT_FIRST)
     return options
 
 
@@ -209,7 +222,7 @@ class WorkerProcess:
         """Where every thread of the worker and of its children is."""
         lines = [f"--- {self.label}, pid {self.pid}"]
         for pid in procfs.descendants(self.pid):
-            lines.extend(_thread_states(pid))
+            lines.extend(threads(pid))
         with contextlib.suppress(ProcessLookupError):
             before = len(self.error_text())
             for pid in procfs.descendants(self.pid):
@@ -224,6 +237,8 @@ class WorkerProcess:
                 last = size
                 time.sleep(0.1)
         lines.append(self.error_text()[-6000:])
+        for pid in procfs.descendants(self.pid):
+            lines.append(f"native stacks of {pid}\n{native_stacks(pid)}")
         lines.extend(self.rows())
         lines.extend(_sockets(self.pid))
         return "\n".join(lines)
@@ -249,19 +264,6 @@ class WorkerProcess:
         if self._statistics is not None:
             os.close(self._statistics)
             self._statistics = None
-
-
-def _thread_states(pid: int) -> list[str]:
-    lines = []
-    with contextlib.suppress(OSError):
-        for task in sorted(os.listdir(f"/proc/{pid}/task"), key=int):
-            parts = [f"{pid}/{task}"]
-            for name in ("comm", "wchan", "syscall"):
-                with contextlib.suppress(OSError):
-                    with open(f"/proc/{pid}/task/{task}/{name}") as file:
-                        parts.append(f"{name}={file.read().strip()}")
-            lines.append(" ".join(parts))
-    return lines
 
 
 def _sockets(pid: int) -> list[str]:

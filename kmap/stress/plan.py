@@ -14,12 +14,6 @@ from dataclasses import dataclass, field, replace
 
 from kmap.stress.stream import MAX_READ, MAX_SEND
 
-PEER_CRASH = "peer-crash"
-BUFFER_FULL = "buffer-full"
-ATTACH_REFUSED = "attach-refused"
-ONE_SIDE_DISABLED = "one-side-disabled"
-FAULTS = (PEER_CRASH, BUFFER_FULL, ATTACH_REFUSED, ONE_SIDE_DISABLED)
-
 SIDES = ("a", "b")
 MAX_CONNECTIONS = 32
 
@@ -47,6 +41,14 @@ NORMAL = "normal"
 DISABLED = "disabled"
 NO_MEMORY = "no-memory"
 HUGE_RINGS = "huge-rings"
+TINY_RINGS = "tiny-rings"
+PLAIN = "plain"
+# Followed by the number of segments that the process may map.
+BUDGET = "budget-"
+
+# What an end does to its connection at a byte of its own choice, after which the
+# connection cannot carry everything any more.
+CUTS = ("reset", "shut-rd", "shut-wr", "shut-rdwr", "close", "dup2")
 
 Gates = tuple[tuple[int, int], ...]
 
@@ -67,9 +69,20 @@ class EndPlan:
     # Blocking styles: one thread reads while another writes.
     threads: bool = False
     # Blocking style: "exit" (a child that ends at once), "child" (a child goes on with
-    # the connection) or "halves" (a child reads, the parent writes).
+    # the connection), "halves" (a child reads, the parent writes) or "flip" (a child
+    # changes O_NONBLOCK until the connection is done).
     fork: str = ""
     fork_gate: int = 0
+    # Blocking style, at fork_gate: how another program gets the connection and goes on
+    # with it, "exec", "vfork", "spawn" or "pass", and whether it is without Kmap.
+    heir: str = ""
+    heir_plain: bool = False
+    # One of CUTS, or "move" (to another number, again and again), once this many bytes
+    # have been moved both ways; other threads do what is not "reset" or "move", after
+    # this many microseconds.
+    act: str = ""
+    act_at: int = 0
+    act_delay_us: int = 0
     # Writes go through a duplicate of the descriptor.
     dup: bool = False
     # Size of the kernel's buffers, 0 for the system's.
@@ -92,6 +105,11 @@ class ConnectionPlan:
     # By side: (bytes that must have come in, bytes that may then have gone out).
     gates: dict[str, Gates]
     ends: dict[str, EndPlan]
+
+    @property
+    def cut(self) -> bool:
+        """Whether an end is to do what ends the traffic early."""
+        return any(end.act in CUTS for end in self.ends.values())
 
     def total(self, side: str) -> int:
         """Bytes that side sends."""
@@ -126,8 +144,16 @@ class CasePlan:
     # Connectors start as soon as they are connected, not when all are accepted.
     eager: bool = False
     crash: Crash | None = None
-    # A limit that one side takes on for the case: side -> "nofile", "address-space".
+    # A limit that one side takes on for the case: side -> "nofile" or "address-space".
     limits: dict[str, str] = field(default_factory=dict)
+    # Descriptors that "nofile" leaves.
+    spare: int = 0
+    # Signals: microseconds between two rounds of them; whether with SA_RESTART.
+    storm_us: int = 0
+    storm_restart: bool = False
+    # Milliseconds of each stop; 0: nobody is stopped.
+    stop_ms: tuple[int, ...] = ()
+    hog: bool = False
 
 
 def other(side: str) -> str:
@@ -149,16 +175,8 @@ def settings(seed: int, job: int, generation: int, side: str) -> dict[str, str]:
     }
 
 
-def fault_of(job: int, number: int, faults: tuple[str, ...]) -> str:
-    """Every other case has a fault, each kind in turn; no order of its own."""
-    if number % 2 == 0:
-        return ""
-    kind = FAULTS[(number // 2 + job) % len(FAULTS)]
-    return kind if kind in faults else ""
-
-
 @dataclass
-class _Traffic:
+class Traffic:
     """Totals and gates of both sides while a pattern is put together."""
 
     first: str
@@ -189,13 +207,13 @@ class _Traffic:
         return {side: tuple(self.gates[side]) for side in SIDES}
 
 
-_KINDS = ("short", "chatty", "mixed", "stream", "duplex", "huge")
-_WEIGHTS = (34, 22, 12, 18, 12, 2)
+KINDS = ("short", "chatty", "mixed", "stream", "duplex", "huge")
+WEIGHTS = (34, 22, 12, 18, 12, 2)
 
 
-def _traffic(rng: random.Random, kind: str) -> tuple[_Traffic, bool]:
+def _traffic(rng: random.Random, kind: str) -> tuple[Traffic, bool]:
     """The traffic of one connection, and whether both sides stream at once."""
-    traffic = _Traffic(first=rng.choice(SIDES))
+    traffic = Traffic(first=rng.choice(SIDES))
 
     def sizes(rounds: int, high: int) -> list[tuple[int, int]]:
         return [
@@ -276,7 +294,7 @@ def _end(
     return plan
 
 
-def _connection(
+def make_connection(
     rng: random.Random, number: int, kind: str, connector: str
 ) -> ConnectionPlan:
     traffic, duplex = _traffic(rng, kind)
@@ -306,14 +324,14 @@ def _connection(
     )
 
 
-def _connections(
+def make_connections(
     rng: random.Random, count: int, *, kinds: tuple[str, ...] = (), connector: str = ""
 ) -> tuple[ConnectionPlan, ...]:
     return tuple(
-        _connection(
+        make_connection(
             rng,
             number,
-            rng.choice(kinds) if kinds else rng.choices(_KINDS, weights=_WEIGHTS)[0],
+            rng.choice(kinds) if kinds else rng.choices(KINDS, weights=WEIGHTS)[0],
             connector or rng.choice(SIDES),
         )
         for number in range(count)
@@ -329,194 +347,3 @@ def without_fork(plan: ConnectionPlan) -> ConnectionPlan:
         return replace(before, fork="")
 
     return replace(plan, ends={side: end(plan.ends[side]) for side in SIDES})
-
-
-def _crash(rng: random.Random, connections: tuple[ConnectionPlan, ...]) -> Crash:
-    volume = sum(c.total(side) for c in connections for side in SIDES)
-    return Crash(
-        victim=rng.choice(SIDES),
-        after_bytes=log_uniform(rng, 1, max(2, volume * 3 // 4)),
-        by_itself=rng.random() < 0.5,
-        delay_us=log_uniform(rng, 1, 3000),
-    )
-
-
-def _crash_case(rng: random.Random, plan: CasePlan) -> CasePlan:
-    kinds = ("chatty", "mixed", "stream", "duplex", "stream")
-    count = rng.choice((1, 2, 4, 8))
-    connections = tuple(
-        without_fork(connection) for connection in _connections(rng, count, kinds=kinds)
-    )
-    crash = _crash(rng, connections)
-    return replace(plan, connections=connections, crash=crash, eager=False)
-
-
-def stalled(
-    rng: random.Random, plan: ConnectionPlan, writer: str, size: int, warm: int
-) -> ConnectionPlan:
-    """The connection as a stream whose reader stalls until the writer is stuck."""
-    traffic = _Traffic(first=other(writer))
-    traffic.rounds([(log_uniform(rng, 1, 512), 64) for _ in range(warm)])
-    before = traffic.sent[writer]
-    traffic.streams({writer: size})
-    ends = dict(plan.ends)
-    ends[writer] = replace(ends[writer], finish="shut")
-    ends[other(writer)] = replace(
-        ends[other(writer)], finish="shut", stall_at=before + 1, threads=False
-    )
-    return replace(plan, kind="stalled", gates=traffic.finished(), ends=ends)
-
-
-def _full_case(rng: random.Random, plan: CasePlan) -> CasePlan:
-    connections = []
-    for number in range(rng.choice((1, 2, 3))):
-        base = without_fork(_connection(rng, number, "stream", rng.choice(SIDES)))
-        # Small kernel buffers keep the volume down; now and then the kernel's own
-        # sizes are the ones to fill.
-        small = rng.random() < 0.8
-        most = rng.choice((65536, 262144, MAX_SEND))
-        ends = {
-            side: replace(
-                base.ends[side],
-                buffer=SMALL_BUFFER if small else 0,
-                send_sizes=tuple(log_uniform(rng, 4096, most) for _ in range(3)),
-                recv_sizes=tuple(log_uniform(rng, 4096, MAX_READ) for _ in range(3)),
-            )
-            for side in SIDES
-        }
-        connections.append(
-            stalled(
-                rng,
-                replace(base, ends=ends),
-                writer=rng.choice(SIDES),
-                size=(4 << 20) if small else (14 << 20),
-                warm=rng.choice((0, 4, 12, 12)),
-            )
-        )
-    return replace(plan, connections=tuple(connections))
-
-
-def _refused_case(rng: random.Random, plan: CasePlan) -> CasePlan:
-    side = rng.choice(SIDES)
-    how = rng.choice((NO_MEMORY, "nofile", "address-space"))
-    connector = rng.choice((side, side, other(side)))
-    connections = tuple(
-        without_fork(connection)
-        for connection in _connections(
-            rng, rng.choice((1, 2, 4)), kinds=("chatty", "mixed"), connector=connector
-        )
-    )
-    return refuse(replace(plan, connections=connections), side, how)
-
-
-def refuse(plan: CasePlan, side: str, how: str) -> CasePlan:
-    """The case with a side that cannot complete an attach."""
-    if how == NO_MEMORY:
-        return replace(plan, variants={**plan.variants, side: NO_MEMORY})
-    if how == "address-space":
-        # A segment of the largest rings does not fit the room that is left; the
-        # interpreter's own small allocations do.
-        variants = dict.fromkeys(SIDES, HUGE_RINGS)
-        return replace(plan, variants=variants, limits={side: how}, eager=False)
-    connections = tuple(
-        replace(
-            connection,
-            ends={s: replace(connection.ends[s], dup=False) for s in SIDES},
-        )
-        for connection in plan.connections
-    )
-    return replace(plan, connections=connections, limits={side: how}, eager=False)
-
-
-def _disabled_case(rng: random.Random, plan: CasePlan) -> CasePlan:
-    connections = _connections(
-        rng, rng.choice((1, 2, 4)), kinds=("short", "chatty", "mixed")
-    )
-    variants = {**plan.variants, rng.choice(SIDES): DISABLED}
-    return replace(plan, connections=connections, variants=variants)
-
-
-def case_plan(seed: int, job: int, number: int, faults: tuple[str, ...]) -> CasePlan:
-    """The plan of one case of a session with these kinds of fault."""
-    rng = random.Random(f"kmap-stress/{seed}/{job}/{number}")
-    plan = CasePlan(
-        seed=seed,
-        job=job,
-        number=number,
-        name=f"{job}:{number}",
-        fault=fault_of(job, number, faults),
-        connections=(),
-        variants=dict.fromkeys(SIDES, NORMAL),
-        eager=rng.random() < 0.5,
-    )
-    if plan.fault == PEER_CRASH:
-        return _crash_case(rng, plan)
-    if plan.fault == BUFFER_FULL:
-        return _full_case(rng, plan)
-    if plan.fault == ATTACH_REFUSED:
-        return _refused_case(rng, plan)
-    if plan.fault == ONE_SIDE_DISABLED:
-        return _disabled_case(rng, plan)
-    count = rng.choice((1, 2, 4, 8, 12, 16, 24))
-    return replace(plan, connections=_connections(rng, count))
-
-
-RING_CALLS = ("wait", "poll", "timed", "all")
-
-
-def _ring_connection(
-    rng: random.Random, number: int, kind: str, *, stall: bool = False
-) -> ConnectionPlan:
-    plan = _connection(rng, number, kind, rng.choice(SIDES))
-    if stall:
-        writer = rng.choice(SIDES)
-        plan = stalled(rng, plan, writer, size=4 << 20, warm=rng.choice((0, 3)))
-    duplex = kind == "duplex" and not stall
-
-    def end(before: EndPlan) -> EndPlan:
-        return replace(
-            before,
-            style="ring",
-            send_calls=tuple(rng.choices(RING_CALLS, k=rng.randint(1, 3))),
-            recv_calls=tuple(rng.choices(RING_CALLS[:3], k=rng.randint(1, 3))),
-            threads=before.stall_at is None and (duplex or rng.random() < 0.3),
-            fork="",
-            dup=False,
-        )
-
-    return replace(plan, ends={side: end(plan.ends[side]) for side in SIDES})
-
-
-def ring_case_plan(
-    seed: int, job: int, number: int, faults: tuple[str, ...]
-) -> CasePlan:
-    """The plan of one case of the ring level."""
-    rng = random.Random(f"kmap-stress-ring/{seed}/{job}/{number}")
-    fault = fault_of(job, number, faults)
-    # There is no library in front of a program here that could be disabled.
-    if fault == ONE_SIDE_DISABLED:
-        fault = ""
-    count = rng.choice((1, 1, 2, 4))
-    connections = tuple(
-        _ring_connection(
-            rng,
-            index,
-            "stream"
-            if fault == BUFFER_FULL
-            else rng.choices(_KINDS, weights=_WEIGHTS)[0],
-            stall=fault == BUFFER_FULL,
-        )
-        for index in range(count)
-    )
-    plan = CasePlan(
-        seed=seed,
-        job=job,
-        number=number,
-        name=f"{job}:{number}",
-        fault=fault,
-        connections=connections,
-        variants=dict.fromkeys(SIDES, NORMAL),
-    )
-    if fault == PEER_CRASH:
-        return replace(plan, crash=_crash(rng, connections))
-    return plan

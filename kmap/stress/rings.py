@@ -9,8 +9,10 @@ import socket
 
 from kmap.ring import Channel
 from kmap.stress.drive import Blocking
+from kmap.stress.faults import ATTACH_REFUSED
 from kmap.stress.flow import Flow, Setting
-from kmap.stress.plan import ATTACH_REFUSED, CasePlan, ConnectionPlan
+from kmap.stress.plan import CasePlan, ConnectionPlan
+from kmap.stress.scenarios import CaseId
 from kmap.stress.worker import Case, Message, Worker, serve
 
 _RING_SIZES = (4096, 16384, 65536, 262144, 1048576)
@@ -96,8 +98,8 @@ def _refused(size: int) -> str:
 class RingCase(Case):
     """One side of a case with channels."""
 
-    def __init__(self, worker: Worker, plan: CasePlan) -> None:
-        super().__init__(worker, plan)
+    def __init__(self, worker: Worker, plan: CasePlan, identity: CaseId) -> None:
+        super().__init__(worker, plan, identity)
         self._sockets: dict[int, socket.socket] = {}
         self._channels: dict[int, Channel] = {}
 
@@ -127,14 +129,14 @@ class RingCase(Case):
                 end.fail(AssertionError(trouble))
                 continue
             self.launch(Blocking(end, self.flows))
-        self.started = True
+        self.begin()
 
 
 class RingWorker(Worker):
     """A process of the ring level."""
 
-    def case(self, plan: CasePlan) -> Case:
-        return RingCase(self, plan)
+    def case(self, plan: CasePlan, identity: CaseId) -> Case:
+        return RingCase(self, plan, identity)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kmap.stress.plan import (
+from kmap.stress.cases import case_plan, refuse, ring_case_plan, stalled
+from kmap.stress.faults import (
     ATTACH_REFUSED,
     BUFFER_FULL,
+    ONE_SIDE_DISABLED,
+    ONE_SIDE_WITHOUT,
+    PEER_CRASH,
+)
+from kmap.stress.plan import (
     DISABLED,
     EVENT_STYLES,
     NO_MEMORY,
     NORMAL,
-    ONE_SIDE_DISABLED,
-    PEER_CRASH,
+    PLAIN,
     SIDES,
     SMALL_BUFFER,
     CasePlan,
@@ -28,10 +33,6 @@ from kmap.stress.plan import (
     Crash,
     EndPlan,
     Gates,
-    case_plan,
-    refuse,
-    ring_case_plan,
-    stalled,
 )
 
 CaseId = list[Any]
@@ -221,6 +222,11 @@ def _disabled(seed: int, number: int) -> CasePlan:
     return replace(plan, variants={**plan.variants, SIDES[number % 2]: DISABLED})
 
 
+def _without(seed: int, number: int) -> CasePlan:
+    plan = _plain(seed, "without", ONE_SIDE_WITHOUT, number)
+    return replace(plan, variants={**plan.variants, SIDES[number % 2]: PLAIN})
+
+
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
@@ -293,6 +299,13 @@ SCENARIOS = {
             "one side runs with KMAP_DISABLE=1",
             False,
             _disabled,
+        ),
+        Scenario(
+            "without",
+            ONE_SIDE_WITHOUT,
+            "one side runs without the library",
+            False,
+            _without,
         ),
     )
 }

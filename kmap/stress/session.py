@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from kmap.results import EXIT_FAILED, EXIT_OK, JsonObject
 from kmap.stress.fallback import Comparison, compare
+from kmap.stress.faults import FAULTS
 from kmap.stress.judge import MISMATCH_KINDS, Finding
 from kmap.stress.match import CaseResult, Runner
-from kmap.stress.plan import FAULTS
 from kmap.stress.scenarios import case_id
 from kmap.stress.stream import Pattern
 

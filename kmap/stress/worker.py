@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import faulthandler
 import json
 import mmap
 import os
 import queue
 import resource
 import select
-import signal
 import socket
 import sys
 import threading
@@ -26,7 +24,9 @@ from dataclasses import asdict
 from typing import Any
 
 from kmap.stress.drive import Blocking, Loop, Runner, configure
-from kmap.stress.flow import BREAK_VARIABLE, End, Flow, Fuse, Outcome, Progress, Setting
+from kmap.stress.end import End
+from kmap.stress.flow import BREAK_VARIABLE, Flow, Fuse, Outcome, Progress, Setting
+from kmap.stress.heir import bequeath
 from kmap.stress.plan import (
     EVENT_STYLES,
     MAX_CONNECTIONS,
@@ -34,8 +34,10 @@ from kmap.stress.plan import (
     ConnectionPlan,
     other,
 )
-from kmap.stress.scenarios import find_case
+from kmap.stress.scenarios import CaseId, find_case
+from kmap.stress.storm import Storm, quiet_handlers
 from kmap.stress.stream import Pattern
+from kmap.stress.traces import dump_on_request
 
 # A blocking writer that has not moved for this long is taken to be stuck.
 _STUCK_S = 0.05
@@ -72,7 +74,7 @@ def open_fds() -> list[str]:
 class Case:
     """One side of one case while it runs; what both levels have in common."""
 
-    def __init__(self, worker: Worker, plan: CasePlan) -> None:
+    def __init__(self, worker: Worker, plan: CasePlan, identity: CaseId) -> None:
         self.worker = worker
         self.plan = plan
         self.side = worker.side
@@ -84,10 +86,12 @@ class Case:
         self._lock = threading.Lock()
         self._running = 0
         self._watched: dict[int, tuple[int, float]] = {}
+        self._storm = Storm(plan.storm_us, plan.storm_restart)
         crash = plan.crash
         self._setting = Setting(
             seed=plan.seed,
             case=plan.name,
+            identity=identity,
             side=worker.side,
             pattern=worker.pattern,
             progress=worker.progress,
@@ -151,6 +155,11 @@ class Case:
             self._running += 1
         thread.start()
 
+    def begin(self) -> None:
+        """Everything is there: from now on the case may be over."""
+        self.started = True
+        self._storm.start()
+
     def release(self, number: int) -> None:
         """Lets a stalled reader go on."""
         self._released.add(number)
@@ -181,6 +190,11 @@ class Case:
                 flow.report_stuck()
         return watched
 
+    @property
+    def signals(self) -> int:
+        """Signals that threads of this process got."""
+        return self._storm.count
+
     def finished(self) -> bool:
         """Whether every end is done."""
         with self._lock:
@@ -190,6 +204,7 @@ class Case:
         """Outcomes, after everything of this case has been given back."""
         for thread in self._threads:
             thread.join()
+        self._storm.stop()
         self.restore()
         return [asdict(flow.outcome) for flow in self.flows()]
 
@@ -197,8 +212,8 @@ class Case:
 class SocketCase(Case):
     """One side of a case with TCP connections."""
 
-    def __init__(self, worker: Worker, plan: CasePlan) -> None:
-        super().__init__(worker, plan)
+    def __init__(self, worker: Worker, plan: CasePlan, identity: CaseId) -> None:
+        super().__init__(worker, plan, identity)
         self._sockets: dict[int, socket.socket] = {}
         self._loops: dict[str, Loop] = {}
         self._limits: tuple[int, tuple[int, int]] | None = None
@@ -271,7 +286,7 @@ class SocketCase(Case):
         self._begin([n for n in sorted(self._sockets) if n not in self._flows], start)
         if limit == "address-space":
             self._limit_memory()
-        self.started = True
+        self.begin()
         start.set()
 
     def _begin(self, numbers: list[int], start: threading.Event | None) -> None:
@@ -283,9 +298,13 @@ class SocketCase(Case):
             end = End(plan, self._setting, self._sockets[number])
             configure(end)
             self.add(end)
+            if end.acts_later:
+                later = threading.Thread(target=end.act_later, daemon=True)
+                self._threads.append(later)
+                later.start()
             style = end.end.style
             if style not in EVENT_STYLES:
-                runners.append(Blocking(end, self.flows))
+                runners.append(Blocking(end, self.flows, bequeath))
                 continue
             if style not in loops:
                 loop = self._loops.pop(style) if style in self._loops else Loop(style)
@@ -298,10 +317,11 @@ class SocketCase(Case):
 
     def _limit_descriptors(self) -> None:
         # Descriptors are given out from the bottom, so none is left below the first
-        # free one.
-        lowest = os.dup(0)
-        os.close(lowest)
-        self._limit(resource.RLIMIT_NOFILE, lowest)
+        # free ones.
+        free = [os.dup(0) for _ in range(self.plan.spare + 1)]
+        for fd in free:
+            os.close(fd)
+        self._limit(resource.RLIMIT_NOFILE, free[-1])
 
     def _limit_memory(self) -> None:
         with open("/proc/self/statm", encoding="ascii") as file:
@@ -327,7 +347,9 @@ class Worker:
         self._control = socket.socket(fileno=control)
         self.pattern = Pattern(pattern)
         words = mmap.mmap(progress, 0)
-        self.progress = Progress(memoryview(words).cast("Q"), side, MAX_CONNECTIONS)
+        self.progress = Progress(
+            progress, memoryview(words).cast("Q"), side, MAX_CONNECTIONS
+        )
         listener = _listener(socket.AF_INET, "127.0.0.1")
         assert listener is not None
         self.listener = listener
@@ -344,9 +366,9 @@ class Worker:
         self._outgoing.put(message)
         self.wake()
 
-    def case(self, plan: CasePlan) -> Case:
+    def case(self, plan: CasePlan, identity: CaseId) -> Case:
         """Its side of a case."""
-        return SocketCase(self, plan)
+        return SocketCase(self, plan, identity)
 
     def _flush(self) -> None:
         while not self._outgoing.empty():
@@ -375,7 +397,7 @@ class Worker:
                     return
                 message = json.loads(raw)
                 if message["op"] == "case":
-                    case = self.case(find_case(message["id"]))
+                    case = self.case(find_case(message["id"]), message["id"])
                     ports = case.connect(message["peer"], fds)
                     self.send({"op": "connected", "ports": ports})
                 elif message["op"] == "go" and case is not None:
@@ -384,17 +406,19 @@ class Worker:
                     case.release(message["connection"])
             if case is not None and case.finished():
                 self._flush()
-                ends = case.report()
+                ends, signals = case.report(), case.signals
                 case = None
-                self.send({"op": "done", "ends": ends, "fds": open_fds()})
+                self.send(
+                    {"op": "done", "ends": ends, "fds": open_fds(), "signals": signals}
+                )
 
 
 def serve(kind: type[Worker]) -> None:
     """Runs the worker that the arguments describe."""
     control, side, progress, pattern = sys.argv[1:]
     # A hang is examined by asking every thread where it is.
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    dump_on_request()
+    quiet_handlers()
     # The default of 8 MiB would not fit an address-space limit.
     threading.stack_size(512 << 10)
     kind(side, int(control), int(progress), int(pattern)).run()

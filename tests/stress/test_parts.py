@@ -8,18 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from kmap.stress.cases import case_plan, ring_case_plan
+from kmap.stress.faults import BUFFER_FULL, FAULTS
 from kmap.stress.flow import Outcome
 from kmap.stress.judge import judge, outcome_class
-from kmap.stress.plan import (
-    BUFFER_FULL,
-    FAULTS,
-    MAX_CONNECTIONS,
-    SIDES,
-    CasePlan,
-    case_plan,
-    other,
-    ring_case_plan,
-)
+from kmap.stress.plan import MAX_CONNECTIONS, SIDES, CasePlan, other
 from kmap.stress.scenarios import SCENARIOS, case_id, find_case, scenario_id
 from kmap.stress.stream import MAX_SEND, PERIOD, Pattern, stream_key
 
