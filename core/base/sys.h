@@ -115,6 +115,10 @@ static inline int km_sys_gettid(void)
 {
 	return (int)KM_SYS(gettid, 0, 0, 0, 0, 0, 0);
 }
+static inline void km_sys_yield(void)
+{
+	(void)KM_SYS(sched_yield, 0, 0, 0, 0, 0, 0);
+}
 static inline int km_sys_getpid(void)
 {
 	return (int)KM_SYS(getpid, 0, 0, 0, 0, 0, 0);

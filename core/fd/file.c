@@ -113,15 +113,36 @@ void km_file_release(struct km_file *f)
 	}
 }
 
+/*
+ * Whoever is in a call with f now has either left it, or counted itself as a user, when
+ * this returns; nobody comes in any more, as the entry is out.
+ */
+static void let_callers_out(const struct km_file *f)
+{
+	struct km_conn *conn = f->conn;
+	enum km_lock_result how = km_lock(&conn->rx_lock);
+
+	km_unlock(&conn->rx_lock, how);
+	how = km_lock(&conn->tx_lock);
+	km_unlock(&conn->tx_lock, how);
+}
+
 struct km_file *km_file_close_begin(int fd)
 {
-	uint64_t entry = km_fd_swap(fd, KM_FD_NONE, NULL);
-	struct km_file *f = km_fd_object(entry);
+	struct km_file *f = km_file_of(fd);
 	enum km_lock_result how;
+	uint64_t entry;
 	uint32_t left;
 
-	if (km_fd_kind(entry) != KM_FD_FILE)
+	if (!f)
 		return NULL;
+	entry = km_fd_swap(fd, KM_FD_NONE, f);
+	if (km_fd_kind(entry) != KM_FD_FILE) {
+		/* Two threads close one descriptor. */
+		km_fd_closed(fd);
+		return NULL;
+	}
+	f = km_fd_object(entry);
 	how = km_lock(&km_proc.table_lock);
 	left = --f->fds;
 	km_unlock(&km_proc.table_lock, how);
@@ -137,6 +158,7 @@ struct km_file *km_file_close_begin(int fd)
 	if (f->conn && km_load_seq(&f->mode) == KM_MODE_CHANNEL) {
 		bool last = !f->left && km_sub_seq(&f->conn->refs, 1) == 1;
 
+		let_callers_out(f);
 		if (km_load_seq(&f->users)) {
 			/* Like the kernel's own sleepers, they keep the socket
 			 * open until they return. */
@@ -280,8 +302,10 @@ static void alone(int fd, uint64_t entry, void *arg)
 {
 	struct km_file *f = km_fd_object(entry);
 
-	(void)fd;
 	(void)arg;
+	/* The close was another thread's, which is not here; the descriptor still is. */
+	if (km_fd_closing(entry))
+		km_fd_swap(fd, KM_FD_NONE, NULL);
 	if (km_fd_kind(entry) != KM_FD_FILE)
 		return;
 	km_store_seq(&f->busy, 0);

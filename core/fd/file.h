@@ -154,6 +154,16 @@ KM_INLINE void *km_fd_object(uint64_t entry)
 	return (void *)(uintptr_t)(entry & ~(uint64_t)3);
 }
 
+/*
+ * Is fd about to be closed, or to become something else?  Its entry has kind NONE then,
+ * and what it was as its object: a call that went to the kernel now might meet the old
+ * socket there, and wait for bytes that come by its ring.
+ */
+KM_INLINE bool km_fd_closing(uint64_t entry)
+{
+	return entry != 0 && km_fd_kind(entry) == KM_FD_NONE;
+}
+
 /* What stands in the table, for the child of a vfork too. */
 KM_INLINE uint64_t km_fd_peek(int fd)
 {
@@ -198,6 +208,11 @@ void km_file_new(int fd, enum km_role role);
 void km_fd_dup(int from, int to);
 /* What stands at fd is gone, though no close was seen. */
 void km_fd_forget(int fd);
+/* The kernel's close, which km_file_close_begin announced, is done. */
+void km_fd_closed(int fd);
+/* Waits until fd is not closing any more.  False: it takes long, or is this thread's own
+ * close, which a signal handler has interrupted; for the kernel fd is closed then. */
+bool km_fd_wait_closed(int fd);
 
 /* Pins a plain file to the kernel. */
 void km_file_pin(struct km_file *f, enum km_reason reason);
@@ -226,8 +241,9 @@ void km_file_hand_on_survivors(int *memfd, bool becomes);
 
 /*
  * Closing takes two steps around the kernel's own close (or dup2): begin, with
- * the descriptor still open, takes the entry out; end says the rest to the peer
- * and frees.  NULL from begin: nothing to end.
+ * the descriptor still open, marks the entry as closing (km_fd_closed takes it out after
+ * the kernel's call); end says the rest to the peer and frees.  NULL from begin: nothing
+ * to end.
  */
 struct km_file *km_file_close_begin(int fd);
 void km_file_close_end(struct km_file *f);

@@ -11,6 +11,10 @@ km_a64 *km_fd_chunks[KM_FD_MAX / KM_FD_CHUNK];
  * programs that expect low numbers, low enough not to grow the kernel's table. */
 #define HIDDEN_FIRST 900
 
+/* A close takes microseconds unless SO_LINGER says otherwise, or its thread has to wait
+ * for a processor. */
+#define CLOSING_LOOKS 2000
+
 static km_a64 *chunk_for(int fd)
 {
 	unsigned i = (unsigned)fd / KM_FD_CHUNK;
@@ -94,6 +98,7 @@ void km_fd_forget(int fd)
 		return;
 	case KM_FD_FILE:
 		km_file_close_end(km_file_close_begin(fd));
+		km_fd_closed(fd);
 		return;
 	case KM_FD_SET:
 		km_fd_swap(fd, KM_FD_NONE, NULL);
@@ -103,6 +108,26 @@ void km_fd_forget(int fd)
 		km_fd_swap(fd, KM_FD_NONE, NULL);
 		return;
 	}
+}
+
+void km_fd_closed(int fd)
+{
+	uint64_t entry = km_fd_entry(fd);
+	km_a64 *chunk = chunk_for(fd);
+
+	/* The number may be somebody else's already. */
+	if (chunk && km_fd_closing(entry))
+		km_cas_seq(&chunk[(unsigned)fd % KM_FD_CHUNK], &entry, 0);
+}
+
+bool km_fd_wait_closed(int fd)
+{
+	for (int i = 0; i < CLOSING_LOOKS; i++) {
+		if (!km_fd_closing(km_fd_entry(fd)))
+			return true;
+		km_sys_yield();
+	}
+	return false;
 }
 
 void km_fd_dup(int from, int to)

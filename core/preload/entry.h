@@ -24,12 +24,20 @@ KM_INLINE ssize_t km_result(ssize_t n)
  */
 #define KM_DATA_CALL(fd, direction, real, ring)                                        \
 	do {                                                                           \
-		struct km_file *f = km_file_of(fd);                                    \
+		uint64_t entry;                                                        \
+		struct km_file *f;                                                     \
 		struct km_plain plain;                                                 \
 		ssize_t n;                                                             \
-		if (km_likely(!f))                                                     \
-			return real;                                                   \
 		for (;;) {                                                             \
+			entry = km_fd_entry(fd);                                       \
+			if (km_likely(km_fd_kind(entry) != KM_FD_FILE)) {              \
+				if (km_likely(!km_fd_closing(entry)))                  \
+					return real;                                   \
+				if (!km_fd_wait_closed(fd))                            \
+					return km_result(-EBADF);                      \
+				continue;                                              \
+			}                                                              \
+			f = km_fd_object(entry);                                       \
 			if (km_plain_begin(f, fd, &plain)) {                           \
 				n = real;                                              \
 				km_plain_end(&plain, direction, n);                    \
@@ -38,9 +46,6 @@ KM_INLINE ssize_t km_result(ssize_t n)
 			n = ring;                                                      \
 			if (km_likely(n != KM_RETRY))                                  \
 				return km_result(n);                                   \
-			f = km_file_of(fd);                                            \
-			if (!f)                                                        \
-				return real;                                           \
 		}                                                                      \
 	} while (0)
 

@@ -29,6 +29,7 @@ int km_entry_close(int fd)
 	}
 	f = km_file_close_begin(fd);
 	err = KM_REAL(close)(fd);
+	km_fd_closed(fd);
 	km_file_close_end(f);
 	return err;
 }
@@ -142,6 +143,7 @@ int km_entry_dup2(int from, int to, int flags, bool dup3_)
 		km_fd_forget(to);
 		km_fd_dup(from, to);
 	}
+	km_fd_closed(to);
 	return result;
 }
 

@@ -68,6 +68,7 @@ KM_EXPORT int fclose(FILE *stream)
 		return KM_REAL(fclose)(stream);
 	f = km_file_close_begin(fd);
 	err = KM_REAL(fclose)(stream);
+	km_fd_closed(fd);
 	km_file_close_end(f);
 	return err;
 }
