@@ -229,10 +229,11 @@ bool km_bells_spin(struct km_bell *const *bell, uint32_t n, struct km_spin *reco
 }
 
 /* A wake-up must not be lost to a system call that fails once. */
-static void ring_latch(int latch)
+static int ring_latch(int latch)
 {
-	if (km_latch_ring(latch) < 0)
-		km_latch_ring(latch);
+	int err = km_latch_ring(latch);
+
+	return err < 0 ? km_latch_ring(latch) : err;
 }
 
 void km_bell_kick(struct km_bell *bell)
@@ -429,10 +430,12 @@ void km_peer_bell_ring(struct km_peer_bell *pb, uint32_t seq)
 		return;
 	}
 	/* First the ring, then the note: a thread that reads the note may rely on
-	 * the ring. */
-	km_count(KM_COUNT_BELLS_RUNG);
+	 * the ring.  The child of a vfork, whose memory this is too, may have closed
+	 * the descriptor for itself. */
 	KM_FAULT(WAKE_BELL);
-	ring_latch(pb->latch);
+	if (ring_latch(pb->latch) < 0)
+		return;
+	km_count(KM_COUNT_BELLS_RUNG);
 	KM_FAULT(WAKE_RUNG);
 	km_store_seq(&pb->rung, seq);
 }
