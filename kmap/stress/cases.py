@@ -392,7 +392,7 @@ def case_plan(seed: int, job: int, number: int, kinds: tuple[str, ...]) -> CaseP
         job=job,
         number=number,
         name=f"{job}:{number}",
-        fault=faults.fault_of(job, number, kinds),
+        fault=faults.fault_of(seed, job, number, kinds),
         connections=(),
         variants=dict.fromkeys(SIDES, NORMAL),
         eager=rng.random() < 0.5,
@@ -431,7 +431,7 @@ def ring_case_plan(
 ) -> CasePlan:
     """The plan of one case of the ring level."""
     rng = random.Random(f"kmap-stress-ring/{seed}/{job}/{number}")
-    fault = faults.fault_of(job, number, kinds, ring=True)
+    fault = faults.fault_of(seed, job, number, kinds, ring=True)
     full = fault == faults.BUFFER_FULL
     connections = tuple(
         _ring_connection(

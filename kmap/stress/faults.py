@@ -149,18 +149,20 @@ KINDS = {
     )
 }
 FAULTS = tuple(KINDS)
-RING_FAULTS = tuple(kind.name for kind in KINDS.values() if kind.ring)
+# Has no divisor in common with their number, and is about a third of it.
+_SEED_STEP = 7
 
 
 def fault_of(
-    job: int, number: int, faults: tuple[str, ...], *, ring: bool = False
+    seed: int, job: int, number: int, faults: tuple[str, ...], *, ring: bool = False
 ) -> str:
     """Two of three cases have a fault, each kind in turn.
 
-    Jobs start at different kinds, so that a short run sees most of them.
+    Seeds and jobs start at different kinds, so that short runs see all of them.
     """
     possible = [kind for kind in faults if KINDS[kind].ring or not ring]
     if number % 3 == 0 or not possible:
         return ""
     turn = number - number // 3 - 1
-    return possible[(turn + job * (len(possible) // 2)) % len(possible)]
+    first = seed * _SEED_STEP + job * (len(possible) // 2)
+    return possible[(first + turn) % len(possible)]
