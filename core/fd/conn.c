@@ -26,10 +26,24 @@ static struct km_conn *row_at(struct km_stats_header *t, uint32_t index)
 				  (size_t)index * KM_STATS_ROW);
 }
 
+/*
+ * The table has the connections' cursors and locks, and other processes of the user can
+ * open it through /proc.  What is mapped stays writable, here and in forked children.
+ */
+static void seal(int fd)
+{
+	int seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+
+	/* Linux before 5.1 has no F_SEAL_FUTURE_WRITE. */
+	if (km_sys_fcntl(fd, F_ADD_SEALS, seals | F_SEAL_FUTURE_WRITE) < 0)
+		km_sys_fcntl(fd, F_ADD_SEALS, seals);
+}
+
 static enum km_reason make_table(void)
 {
 	size_t size = KM_STATS_HEADER + (size_t)ROWS * KM_STATS_ROW;
-	int fd = km_fd_hide(km_sys_memfd_create("kmap-stats", MFD_CLOEXEC));
+	int fd = km_fd_hide(
+		km_sys_memfd_create("kmap-stats", MFD_CLOEXEC | MFD_ALLOW_SEALING));
 	struct km_stats_header *t;
 	int err;
 
@@ -45,6 +59,7 @@ static enum km_reason make_table(void)
 		km_fd_unhide(fd);
 		return KM_REASON_BUDGET_MEMORY;
 	}
+	seal(fd);
 	t->version = KM_STATS_VERSION;
 	t->header_size = KM_STATS_HEADER;
 	t->row_size = KM_STATS_ROW;

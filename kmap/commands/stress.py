@@ -15,6 +15,7 @@ from rich.table import Table
 from kmap import native
 from kmap.render import byte_count, renders
 from kmap.results import SubParsers, UsageError, command_parser
+from kmap.stress.fallback import COMPARED
 from kmap.stress.faults import FAULTS, KINDS
 from kmap.stress.session import (
     LEVELS,
@@ -45,9 +46,9 @@ def add_parser(subparsers: SubParsers) -> None:
         run,
         help="exchange verified bytes under faults",
         description="Pairs of programs exchange byte streams in which every byte is "
-        "verified, while\npeers are killed, buffers fill up and upgrades are refused.  "
-        "What happens follows\nfrom the seed.  The first failure ends the run, with a "
-        "line that replays it.",
+        "verified, while\npeers are killed, stopped and replaced, buffers fill up and "
+        "upgrades are refused.\nWhat happens follows from the seed.  The first failure "
+        "ends the run, with a line\nthat replays it.",
         epilog=_kinds(),
     )
     parser.add_argument(
@@ -65,6 +66,14 @@ def add_parser(subparsers: SubParsers) -> None:
         default="all",
         metavar="KINDS",
         help="all, none, or some of the kinds below, with commas (default: all)",
+    )
+    parser.add_argument(
+        "--at-least",
+        type=int,
+        default=0,
+        metavar="N",
+        help="go on until each of these kinds has been counted N times, however long "
+        "that takes (default: %(default)s)",
     )
     parser.add_argument(
         "--jobs",
@@ -141,6 +150,10 @@ def _options(args: argparse.Namespace) -> Options:
                 "--verify-fallback compares sockets with the kernel under faults: it "
                 "goes with neither --kernel, --case, --level ring nor --faults none"
             )
+        if not set(faults) & COMPARED:
+            raise UsageError(
+                f"--verify-fallback compares {', '.join(sorted(COMPARED))}: name one"
+            )
         levels = ("socket",)
     return Options(
         seed=args.seed,
@@ -152,6 +165,7 @@ def _options(args: argparse.Namespace) -> Options:
         patience=args.patience,
         case=case,
         verify_fallback=args.verify_fallback,
+        at_least=args.at_least,
     )
 
 

@@ -17,6 +17,10 @@ REPETITIONS = 2 * len(STYLES)
 CRASH_REPETITIONS = len(STYLES)
 
 
+# The kinds of fault whose end the kernel decides alone.
+COMPARED = frozenset(scenario.fault for scenario in SCENARIOS.values())
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One scenario on the kernel and under Kmap."""

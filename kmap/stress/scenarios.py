@@ -17,7 +17,6 @@ from kmap.stress.faults import (
     ATTACH_REFUSED,
     BUFFER_FULL,
     ONE_SIDE_DISABLED,
-    ONE_SIDE_WITHOUT,
     PEER_CRASH,
 )
 from kmap.stress.plan import (
@@ -25,7 +24,6 @@ from kmap.stress.plan import (
     EVENT_STYLES,
     NO_MEMORY,
     NORMAL,
-    PLAIN,
     SIDES,
     SMALL_BUFFER,
     CasePlan,
@@ -222,11 +220,6 @@ def _disabled(seed: int, number: int) -> CasePlan:
     return replace(plan, variants={**plan.variants, SIDES[number % 2]: DISABLED})
 
 
-def _without(seed: int, number: int) -> CasePlan:
-    plan = _plain(seed, "without", ONE_SIDE_WITHOUT, number)
-    return replace(plan, variants={**plan.variants, SIDES[number % 2]: PLAIN})
-
-
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
@@ -299,13 +292,6 @@ SCENARIOS = {
             "one side runs with KMAP_DISABLE=1",
             False,
             _disabled,
-        ),
-        Scenario(
-            "without",
-            ONE_SIDE_WITHOUT,
-            "one side runs without the library",
-            False,
-            _without,
         ),
     )
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from kmap.results import EXIT_FAILED, EXIT_OK, JsonObject
 from kmap.stress.fallback import Comparison, compare
-from kmap.stress.faults import FAULTS
+from kmap.stress.faults import FAULTS, KINDS
 from kmap.stress.judge import MISMATCH_KINDS, Finding
 from kmap.stress.match import CaseResult, Runner
 from kmap.stress.scenarios import case_id
@@ -40,6 +40,8 @@ class Options:
     # (job, number): this case again and again, and nothing else.
     case: tuple[int, int] | None = None
     verify_fallback: bool = False
+    # Goes on beyond the duration until each kind of fault has been counted so often.
+    at_least: int = 0
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,7 @@ class Session:
             runner = self._runner(level, job, kernel=options.kernel)
             try:
                 number = options.case[1] if options.case else 0
-                while time.monotonic() < until and not self._stop.is_set():
+                while not self._over(level, tally, until):
                     identity = case_id(level, options.seed, job, number, options.faults)
                     result = runner.run(identity)
                     with self._lock:
@@ -269,6 +271,15 @@ class Session:
         except BaseException as error:
             self._crashes.append(error)
             self._stop.set()
+
+    def _over(self, level: str, tally: Tally, until: float) -> bool:
+        if self._stop.is_set():
+            return True
+        options = self._options
+        kinds = [kind for kind in options.faults if KINDS[kind].ring or level != "ring"]
+        with self._lock:
+            few = any(tally.faults[kind] < options.at_least for kind in kinds)
+        return time.monotonic() >= until and (options.case is not None or not few)
 
     def _fail(self, level: str, case: str, findings: list[Finding]) -> None:
         for finding in findings:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from kmap.stress.cases import case_plan, ring_case_plan
-from kmap.stress.faults import BUFFER_FULL, FAULTS
+from kmap.stress.faults import BUFFER_FULL, FAULTS, KINDS
 from kmap.stress.flow import Outcome
 from kmap.stress.judge import judge, outcome_class
 from kmap.stress.plan import MAX_CONNECTIONS, SIDES, CasePlan, other
@@ -136,6 +138,54 @@ def test_judgement_without_a_fault() -> None:
     outcomes["b"][1].mismatch = "byte 7"
     (finding,) = judge(plan, outcomes, None, {}, ring=False)
     assert finding.kind == "mismatch"
+
+
+def _cut_plan(act: str) -> CasePlan:
+    """A case in which side a does this to each connection."""
+    plan = case_plan(1, 0, 0, ())
+    return replace(
+        plan,
+        connections=tuple(
+            replace(
+                connection,
+                ends={
+                    "a": replace(connection.ends["a"], act=act),
+                    "b": connection.ends["b"],
+                },
+            )
+            for connection in plan.connections
+        ),
+    )
+
+
+@pytest.mark.parametrize("act", ["shut-wr", "reset", "shut-rdwr", "close"])
+def test_judgement_of_a_connection_that_was_cut_short(act: str) -> None:
+    plan = _cut_plan(act)
+    outcomes = _outcomes(plan)
+    outcomes["b"][0].received -= 1
+    # It has not been done, so everything must have arrived.
+    (finding,) = judge(plan, outcomes, None, {}, ring=False)
+    assert finding.kind == "incomplete"
+    # What was sent before the stream was shut down arrives; before a reset it may not.
+    outcomes["a"][0].acts = 1
+    findings = judge(plan, outcomes, None, {}, ring=False)
+    assert [f.kind for f in findings] == (["lost"] if act == "shut-wr" else [])
+    outcomes["b"][0].end = "ECONNRESET"
+    assert judge(plan, outcomes, None, {}, ring=False) == []
+    outcomes["b"][0].mismatch = "byte 7"
+    (finding,) = judge(plan, outcomes, None, {}, ring=False)
+    assert finding.kind == "mismatch"
+
+
+def test_every_kind_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "stress.md").read_text()
+    kinds = text.partition("## Kinds of fault")[2].partition("\n## ")[0]
+    rows = [line for line in kinds.splitlines() if line.startswith("| `")]
+    assert rows == [
+        f"| `{kind.name}` | {kind.meaning} | {kind.counts} "
+        f"| {'yes' if kind.ring else ''} |"
+        for kind in KINDS.values()
+    ]
 
 
 @pytest.mark.parametrize(

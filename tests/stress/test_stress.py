@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 
-FAULTS = ("peer-crash", "buffer-full", "attach-refused", "one-side-disabled")
+# A few kinds at a time, so that each has its turns in a short run.
+GROUPS = (
+    ("peer-crash", "peer-stop", "signals", "cpu-hog", "reset"),
+    ("close-under", "shutdown", "dup", "nonblock", "fork"),
+    ("exec", "hand-over", "buffer-full", "small-rings"),
+    ("memory-budget", "few-descriptors"),
+    ("attach-refused", "one-side-disabled", "one-side-without"),
+)
+FAULTS = tuple(kind for group in GROUPS for kind in group)
+COMPARED = ("peer-crash", "buffer-full", "attach-refused", "one-side-disabled")
 
 
 def stress(
@@ -40,8 +49,8 @@ def check_clean(document: dict[str, Any]) -> None:
     assert document["bytes"] == document["ring_bytes"] + document["kernel_bytes"]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_the_kernel_vouches_for_the_tool(kernel_env: dict[str, str], seed: int) -> None:
+def test_the_kernel_vouches_for_the_tool(kernel_env: dict[str, str]) -> None:
+    seed = 1
     document, _ = stress(kernel_env, "--kernel", "--seed", str(seed), "--duration", "6")
     check_clean(document)
     assert document["schema"] == "kmap.stress/1"
@@ -51,32 +60,49 @@ def test_the_kernel_vouches_for_the_tool(kernel_env: dict[str, str], seed: int) 
     assert document["upgraded"] == 0
     assert document["ring_bytes"] == 0
     assert set(document["faults"]) == set(FAULTS)
-    assert all(document["faults"].values()), document["faults"]
+    assert any(document["faults"].values()), document["faults"]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_programs_under_kmap(kernel_env: dict[str, str], seed: int) -> None:
+def test_programs_under_kmap(kernel_env: dict[str, str]) -> None:
     document, _ = stress(
-        kernel_env, "--level", "socket", "--seed", str(seed), "--duration", "8"
+        kernel_env, "--level", "socket", "--seed", "2", "--duration", "8"
     )
     check_clean(document)
     assert document["connections"] > 20
     assert document["upgraded"] > 0
     assert document["ring_bytes"] > 0
-    assert all(document["faults"].values()), document["faults"]
+    assert any(document["faults"].values()), document["faults"]
+
+
+@pytest.mark.parametrize("kinds", GROUPS, ids=lambda kinds: kinds[0])
+@pytest.mark.parametrize("level", ["--kernel", "--level=socket"])
+def test_each_kind_of_fault(
+    kernel_env: dict[str, str], kinds: tuple[str, ...], level: str
+) -> None:
+    document, _ = stress(
+        kernel_env,
+        *(level, "--faults", ",".join(kinds), "--duration", "2", "--at-least", "2"),
+    )
+    check_clean(document)
+    for kind, count in document["faults"].items():
+        assert (count > 0) == (kind in kinds), document["faults"]
 
 
 def test_rings(kernel_env: dict[str, str]) -> None:
     document, _ = stress(
-        kernel_env, "--level", "ring", "--seed", "7", "--duration", "6"
+        kernel_env,
+        *("--level", "ring", "--seed", "7", "--duration", "4", "--at-least", "1"),
     )
     check_clean(document)
-    assert document["connections"] == document["upgraded"] > 20
+    assert document["connections"] == document["upgraded"] > 5
     assert document["bytes"] == document["ring_bytes"] > 1_000_000
     faults = document["faults"]
     assert faults["peer-crash"] > 0
     assert faults["buffer-full"] > 0
     assert faults["attach-refused"] > 0
+    assert faults["peer-stop"] > 0
+    assert faults["signals"] > 0
+    assert faults["cpu-hog"] > 0
 
 
 def test_both_levels_count_the_sockets(kernel_env: dict[str, str]) -> None:
@@ -90,7 +116,9 @@ def test_both_levels_count_the_sockets(kernel_env: dict[str, str]) -> None:
 
 def test_only_the_faults_that_were_asked_for(kernel_env: dict[str, str]) -> None:
     document, _ = stress(
-        kernel_env, "--kernel", "--duration", "3", "--faults", "peer-crash,buffer-full"
+        kernel_env,
+        *("--kernel", "--duration", "1", "--at-least", "1"),
+        *("--faults", "peer-crash,buffer-full"),
     )
     check_clean(document)
     assert document["faults"]["peer-crash"] > 0
@@ -163,7 +191,7 @@ def test_leaked_descriptors_are_counted(kernel_env: dict[str, str]) -> None:
 def test_fallback_ends_as_on_the_kernel(kernel_env: dict[str, str]) -> None:
     document, _ = stress(kernel_env, "--verify-fallback", "--seed", "5")
     check_clean(document)
-    assert {line["fault"] for line in document["fallback"]} == set(FAULTS)
+    assert {line["fault"] for line in document["fallback"]} == set(COMPARED)
     for line in document["fallback"]:
         assert line["ok"], line
         assert line["kernel"] == line["kmap"] != []
@@ -185,6 +213,7 @@ def test_fallback_ends_as_on_the_kernel(kernel_env: dict[str, str]) -> None:
         (("--case", "first", "--level", "ring"), "JOB:NUMBER"),
         (("--kernel", "--level", "ring"), "--level ring has none"),
         (("--verify-fallback", "--kernel"), "compares sockets with the kernel"),
+        (("--verify-fallback", "--faults", "fork"), "compares attach-refused"),
     ],
 )
 def test_usage(
