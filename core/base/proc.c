@@ -74,6 +74,17 @@ void *km_pages(size_t bytes, bool shared)
 	return p == MAP_FAILED ? NULL : p;
 }
 
+const char *km_reason_name(enum km_reason reason)
+{
+	static const char *const names[] = {
+#define X(id, name, meaning) name,
+#include "base/reasons.def"
+#undef X
+	};
+
+	return names[reason];
+}
+
 /* One write per line, no allocation: logging works in any context. */
 static void say(int fd, const char *prefix, const char *format, va_list args)
 {
@@ -190,11 +201,7 @@ static void log_init(void)
 			 colon + 1);
 		return;
 	}
-	km_proc.log_fd = km_sys_fcntl(fd, F_DUPFD_CLOEXEC, 500);
-	if (km_proc.log_fd < 0)
-		km_proc.log_fd = fd;
-	else
-		km_sys_close(fd);
+	km_proc.log_fd = fd;
 }
 
 void km_options_init(void)

@@ -9,6 +9,7 @@
  *   km_set.lock         one epoll set's registrations and ready list
  *   km_conn.rx_lock, km_conn.tx_lock   one direction of one connection
  *   km_proc.table_lock  slabs and the table of connections
+ *   km_proc.limit_lock  RLIMIT_NOFILE is not what the program made it
  */
 #ifndef KM_PROC_H
 #define KM_PROC_H
@@ -111,6 +112,7 @@ struct km_proc {
 	enum km_log_level log_level;
 	km_a32 link_lock;
 	km_a32 table_lock;
+	km_a32 limit_lock;
 	/* connections with a channel in this process; event calls look at it first */
 	km_a32 channels;
 	/* TCP sockets tracked in this process */
@@ -193,6 +195,9 @@ KM_INLINE void km_unlock(km_a32 *lock, enum km_lock_result how)
 	if (km_unlikely(!km_cas_seq(lock, &expected, 0)))
 		km_unlock_slow(lock);
 }
+
+/* As tools show it. */
+const char *km_reason_name(enum km_reason reason);
 
 /* Reads the environment. */
 void km_options_init(void);

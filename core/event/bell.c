@@ -21,7 +21,7 @@ static struct km_peer_bell *peer_bells;
 static void move(int *place, int fd)
 {
 	if (*place == fd)
-		*place = km_fd_hide(km_sys_fcntl(fd, F_DUPFD_CLOEXEC, 0));
+		*place = km_fd_hide_copy(fd);
 }
 
 void km_bell_move(int fd)
@@ -336,8 +336,9 @@ static int peer_bell_map(struct km_peer_bell *pb, int memfd, const struct stat *
 	int seals = km_sys_fcntl(memfd, F_GET_SEALS, 0);
 	int err;
 
-	if (seals < 0 ||
-	    (seals & (F_SEAL_SHRINK | F_SEAL_SEAL)) != (F_SEAL_SHRINK | F_SEAL_SEAL) ||
+	if (seals < 0)
+		return seals == -EINVAL ? -EPROTO : seals;
+	if ((seals & (F_SEAL_SHRINK | F_SEAL_SEAL)) != (F_SEAL_SHRINK | F_SEAL_SEAL) ||
 	    st->st_size != KM_BELL_SIZE)
 		return -EPROTO;
 	pb->wire = km_sys_mmap(KM_BELL_SIZE, 0, memfd, &err);
@@ -389,7 +390,7 @@ int km_peer_bell_take(struct km_file *f, int memfd, int latch, uint32_t uid,
 	if (err < 0) {
 		km_sys_close(memfd);
 		km_sys_close(latch);
-		return -EPROTO;
+		return err;
 	}
 	for (pb = peer_bells; pb; pb = pb->next)
 		if (pb->dev == st.st_dev && pb->ino == st.st_ino && pb->uid == uid)

@@ -39,11 +39,20 @@ static void seal(int fd)
 		km_sys_fcntl(fd, F_ADD_SEALS, seals);
 }
 
+/* Where memfd_create is refused, an unnamed file tells tools at least why. */
+static int table_file(void)
+{
+	int fd = km_sys_memfd_create("kmap-stats", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+
+	if (fd < 0 && fd != -EMFILE && fd != -ENFILE)
+		fd = km_sys_openat("/dev/shm", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+	return km_fd_hide(fd);
+}
+
 static enum km_reason make_table(void)
 {
 	size_t size = KM_STATS_HEADER + (size_t)ROWS * KM_STATS_ROW;
-	int fd = km_fd_hide(
-		km_sys_memfd_create("kmap-stats", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+	int fd = table_file();
 	struct km_stats_header *t;
 	int err;
 
@@ -137,6 +146,15 @@ void km_conn_free(struct km_conn *conn)
 		free_rows = conn->index + 1;
 	}
 	conn->row.state = KM_ROW_FREE;
+	km_unlock(&km_proc.table_lock, how);
+}
+
+void km_conn_move(int fd)
+{
+	enum km_lock_result how = km_lock(&km_proc.table_lock);
+
+	if (table_fd == fd)
+		table_fd = km_fd_hide_copy(fd);
 	km_unlock(&km_proc.table_lock, how);
 }
 

@@ -162,7 +162,7 @@ struct km_file *km_file_close_begin(int fd)
 		if (km_load_seq(&f->users)) {
 			/* Like the kernel's own sleepers, they keep the socket
 			 * open until they return. */
-			f->keep_fd = km_fd_hide(km_sys_fcntl(fd, F_DUPFD_CLOEXEC, 0));
+			f->keep_fd = km_fd_hide_copy(fd);
 			f->closing = true;
 			if (km_load_seq(&f->users)) {
 				km_unlock(&km_proc.link_lock, how);
@@ -194,6 +194,7 @@ void km_file_close_end(struct km_file *f)
 	}
 	km_event_detach(f);
 	km_held_drop(f);
+	km_stay_forget(f);
 	if (f->conn)
 		km_file_detach(f);
 	km_unlock(&km_proc.link_lock, how);
@@ -227,7 +228,7 @@ void km_file_detach(struct km_file *f)
 
 static km_a32 *shared_counts;
 static unsigned shared_counts_used;
-static enum km_lock_result fork_link, fork_table;
+static enum km_lock_result fork_link, fork_table, fork_limit;
 
 static km_a32 *shared_count(void)
 {
@@ -282,10 +283,13 @@ void km_file_fork_prepare(void)
 	km_fd_each(settle, NULL);
 	fork_table = km_lock(&km_proc.table_lock);
 	km_fd_each(share, &one);
+	/* The child gets the limits as they are. */
+	fork_limit = km_lock(&km_proc.limit_lock);
 }
 
 void km_file_fork_parent(void)
 {
+	km_unlock(&km_proc.limit_lock, fork_limit);
 	km_unlock(&km_proc.table_lock, fork_table);
 	km_unlock(&km_proc.link_lock, fork_link);
 }
@@ -310,6 +314,8 @@ static void alone(int fd, uint64_t entry, void *arg)
 		return;
 	km_store_seq(&f->busy, 0);
 	km_store_seq(&f->users, 0);
+	/* The row is the parent's. */
+	f->note = NULL;
 }
 
 void km_file_fork_child(void)
@@ -317,6 +323,7 @@ void km_file_fork_child(void)
 	km_fd_each(alone, NULL);
 	for (struct km_file *f = free_files; f; f = f->next_free)
 		km_store_seq(&f->busy, 0);
+	km_store_seq(&km_proc.limit_lock, 0);
 	km_store_seq(&km_proc.table_lock, 0);
 	km_store_seq(&km_proc.link_lock, 0);
 }

@@ -118,6 +118,7 @@ struct km_file {
 	int held_fd;   /* bound to the name of a passed socket; 0: none */
 	km_a32 *procs; /* processes that hold the socket, when forked before */
 	struct km_conn *conn;
+	struct km_conn *note; /* a row without a channel: why there is none */
 	struct km_segment seg;
 	struct km_bell *bell; /* where its news arrives */
 	uint32_t slot;
@@ -194,12 +195,24 @@ KM_INLINE struct km_set *km_set_of(int fd)
 /* Sets fd's entry and returns the old one; 0 also when fd is out of range. */
 uint64_t km_fd_swap(int fd, enum km_fd_kind kind, void *object);
 
-/* Moves one of the library's own descriptors out of the program's way: to a high
- * number, close-on-exec, marked hidden.  Takes over fd; the new number, or a
- * negative errno value (fd is closed then). */
+/* -- hidden.c: the library's own descriptors.  Any thread; never while the caller holds
+ * limit_lock. ----------------------------------------------------------------------- */
+
+/* Moves one of them out of the program's way: to a number that the program cannot reach,
+ * close-on-exec, marked hidden.  Takes over fd; the new number, or a negative errno value
+ * (fd is closed then): -EMFILE where there is no place for it. */
 int km_fd_hide(int fd);
+/* A hidden duplicate of fd, which stays as it is; it has no low number even for an
+ * instant. */
+int km_fd_hide_copy(int fd);
+/* Marks it where it is. */
+void km_fd_hide_here(int fd);
 /* Closes a hidden descriptor. */
 void km_fd_unhide(int fd);
+/* It was closed by other means. */
+void km_fd_hidden_gone(int fd);
+/* Has the program so many numbers left that the library may open something? */
+bool km_fd_spare(void);
 
 /* Starts tracking fd as a TCP socket; forgets what stood there.  Quietly does
  * nothing when memory is short. */
@@ -256,6 +269,8 @@ void km_file_release(struct km_file *f);
  * table; *reason says which. */
 struct km_conn *km_conn_new(enum km_reason *reason);
 void km_conn_free(struct km_conn *conn);
+/* Gives the table's hidden descriptor another number, if it is fd. */
+void km_conn_move(int fd);
 
 /* What the kernel was found to have for O_NONBLOCK. */
 KM_INLINE void km_conn_nonblock(struct km_conn *conn, bool on)

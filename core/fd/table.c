@@ -1,15 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include <errno.h>
-#include <sys/resource.h>
-
 #include "event/event.h"
 #include "fd/file.h"
 
 km_a64 *km_fd_chunks[KM_FD_MAX / KM_FD_CHUNK];
-
-/* Hidden descriptors start here where the limit allows: high enough for
- * programs that expect low numbers, low enough not to grow the kernel's table. */
-#define HIDDEN_FIRST 900
 
 /* A close takes microseconds unless SO_LINGER says otherwise, or its thread has to wait
  * for a processor. */
@@ -48,33 +41,6 @@ uint64_t km_fd_swap(int fd, enum km_fd_kind kind, void *object)
 			   (uint64_t)(uintptr_t)object | (uint64_t)kind);
 }
 
-int km_fd_hide(int fd)
-{
-	struct rlimit limit = {0, 0};
-	int first = HIDDEN_FIRST, high;
-
-	if (fd < 0)
-		return fd;
-	getrlimit(RLIMIT_NOFILE, &limit);
-	if (limit.rlim_cur < HIDDEN_FIRST + 64)
-		first = (int)(limit.rlim_cur - limit.rlim_cur / 8);
-	high = km_sys_fcntl(fd, F_DUPFD_CLOEXEC, first);
-	km_sys_close(fd);
-	if (high < 0)
-		return high == -EINVAL ? -EMFILE : high;
-	km_fd_forget(high);
-	km_fd_swap(high, KM_FD_HIDDEN, NULL);
-	return high;
-}
-
-void km_fd_unhide(int fd)
-{
-	if (fd < 0)
-		return;
-	km_fd_swap(fd, KM_FD_NONE, NULL);
-	km_sys_close(fd);
-}
-
 void km_fd_each(void (*fn)(int fd, uint64_t entry, void *arg), void *arg)
 {
 	for (unsigned i = 0; i < KM_COUNT(km_fd_chunks); i++) {
@@ -105,7 +71,7 @@ void km_fd_forget(int fd)
 		km_set_free(km_fd_object(entry));
 		return;
 	case KM_FD_HIDDEN:
-		km_fd_swap(fd, KM_FD_NONE, NULL);
+		km_fd_hidden_gone(fd);
 		return;
 	}
 }

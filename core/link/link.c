@@ -52,7 +52,7 @@ static int address_of(const struct sockaddr_storage *ss, struct km_address *out)
 	return -EAFNOSUPPORT;
 }
 
-static int addresses(int fd, struct km_address *local, struct km_address *peer)
+int km_link_addresses(int fd, struct km_address *local, struct km_address *peer)
 {
 	struct sockaddr_storage ss;
 	socklen_t len = sizeof(ss);
@@ -127,10 +127,7 @@ static void back_off(struct km_file *f, unsigned most, enum km_reason reason)
 		return;
 	km_link_cancel(f);
 	km_store_seq(&f->mode, KM_MODE_PINNED);
-	if (km_proc.reasons)
-		km_add_relaxed(&km_proc.reasons[reason], 1);
-	km_log(KM_LOG_DEBUG, "fd %d stays on the kernel: reason %d", f->fd,
-	       (int)reason);
+	km_stay(f, reason);
 }
 
 static void give_up(struct km_file *f, enum km_reason reason)
@@ -139,23 +136,22 @@ static void give_up(struct km_file *f, enum km_reason reason)
 	back_off(f, 0, reason);
 }
 
-static enum km_reason reason_of(int err)
+/* A system call of the upgrade failed.  Trying again would fail again, or take from the
+ * program what it is short of. */
+static void failed(struct km_file *f, const char *call, int err)
 {
-	switch (err) {
-	case -EMFILE:
-	case -ENFILE:
-		return KM_REASON_BUDGET_FD;
-	case -ENOMEM:
-	case -ENOSPC:
-		return KM_REASON_BUDGET_MEMORY;
-	case -EPERM:
-	case -EPROTO:
-		return KM_REASON_PEER_BAD;
-	case -EPROTONOSUPPORT:
-		return KM_REASON_PEER_VERSION;
-	default:
-		return KM_REASON_SYSCALL;
-	}
+	km_log(KM_LOG_ERROR, "fd %d stays on the kernel: %s failed (errno %d)", f->fd,
+	       call, -err);
+	give_up(f, km_stay_reason(err));
+}
+
+/* The connection is not made yet, or over, or there is no telling. */
+static void no_address(struct km_file *f, int err)
+{
+	if (err == -ENOTCONN)
+		back_off(f, CONNECTOR_TRIES, KM_REASON_HALF_CLOSED);
+	else
+		failed(f, "getsockname or getpeername", err);
 }
 
 /* -- datagrams --------------------------------------------------------------- */
@@ -184,6 +180,19 @@ static int send_hello(int sock, const struct km_wire_hello *hello, const int *fd
 	if (n < 0)
 		return (int)n;
 	return n == (ssize_t)sizeof(*hello) ? 0 : -EPROTO;
+}
+
+/* Why a datagram could not be sent or received. */
+static enum km_reason exchange_reason(int err)
+{
+	switch (err) {
+	case -EPIPE:
+	case -ECONNRESET:
+	case -ENOTCONN:
+		return KM_REASON_PEER_CANCELLED;
+	default:
+		return km_stay_reason(err);
+	}
 }
 
 /*
@@ -358,9 +367,19 @@ static int bell_fds(const struct km_file *f, int *fds)
 
 /* -- acceptor ----------------------------------------------------------------- */
 
-/* The Unix socket's peer must own the other end of the TCP connection. */
-static int prove(int sock, const struct km_address *local,
-		 const struct km_address *remote, uint32_t *uid)
+static void not_the_owner(const struct km_file *f)
+{
+	km_log(KM_LOG_ERROR,
+	       "fd %d: whoever came to the rendezvous does not own the other end of the "
+	       "connection; it stays on the kernel",
+	       f->fd);
+}
+
+/* The Unix socket's peer must own the other end of the TCP connection.  NONE when it
+ * does. */
+static enum km_reason prove(const struct km_file *f, int sock,
+			    const struct km_address *local,
+			    const struct km_address *remote, uint32_t *uid)
 {
 	struct ucred cred;
 	socklen_t len = sizeof(cred);
@@ -369,19 +388,18 @@ static int prove(int sock, const struct km_address *local,
 
 	if (err == 0)
 		err = km_diag_owner(local, remote, &owner);
-	if (err < 0)
-		return err;
+	if (err < 0 && err != -ENOENT) {
+		km_log(KM_LOG_ERROR,
+		       "fd %d: sock_diag cannot say who owns the other end (errno %d); "
+		       "it stays on the kernel",
+		       f->fd, -err);
+		return km_stay_reason(err);
+	}
 	*uid = cred.uid;
-	return owner == cred.uid ? 0 : -EACCES;
-}
-
-static void tell_unproven(int fd, int err)
-{
-	km_log(KM_LOG_ERROR,
-	       "fd %d: whoever came to the rendezvous does not own the other end of "
-	       "the "
-	       "connection (%d); it stays on the kernel",
-	       fd, err);
+	if (err == 0 && owner == cred.uid)
+		return KM_REASON_NONE;
+	not_the_owner(f);
+	return KM_REASON_PEER_UID;
 }
 
 static enum km_reason make_channel(struct km_file *f, int fd, int sock, uint32_t uid,
@@ -402,7 +420,7 @@ static enum km_reason make_channel(struct km_file *f, int fd, int sock, uint32_t
 	err = km_segment_create(&f->seg, (uint32_t)km_proc.options.ring_size, &fds[0]);
 	if (err < 0) {
 		km_conn_free(conn);
-		return reason_of(err);
+		return km_stay_reason(err);
 	}
 	KM_FAULT(HELLO_SEGMENT);
 	conn_start(f, fd, conn, local, peer, original);
@@ -419,7 +437,7 @@ static enum km_reason make_channel(struct km_file *f, int fd, int sock, uint32_t
 		err = send_hello(sock, &hello, fds, HELLO_FDS);
 		KM_FAULT(HELLO_SENT);
 		if (err < 0) {
-			abandon(f, KM_REASON_PEER_CANCELLED);
+			abandon(f, exchange_reason(err));
 			km_sys_close(fds[0]);
 			return KM_REASON_NONE;
 		}
@@ -428,9 +446,9 @@ static enum km_reason make_channel(struct km_file *f, int fd, int sock, uint32_t
 	if (err < 0) {
 		conn_undo(f);
 		km_segment_unmap(&f->seg);
-		return reason_of(err);
+		return km_stay_reason(err);
 	}
-	f->link_fd = km_fd_hide(sock);
+	f->link_fd = sock;
 	f->link_state = KM_LINK_HELLO;
 	return KM_REASON_NONE;
 }
@@ -442,10 +460,10 @@ static void knock(struct km_file *f, int fd)
 	socklen_t len;
 	enum km_reason reason;
 	uint32_t uid = 0;
-	int sock, err = addresses(fd, &local, &peer);
+	int sock, err = km_link_addresses(fd, &local, &peer);
 
 	if (err < 0) {
-		back_off(f, ACCEPTOR_TRIES, KM_REASON_SYSCALL);
+		no_address(f, err);
 		return;
 	}
 	if (!within_budget()) {
@@ -456,7 +474,7 @@ static void knock(struct km_file *f, int fd)
 	km_count(KM_COUNT_KNOCKS);
 	sock = km_sys_socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (sock < 0) {
-		back_off(f, ACCEPTOR_TRIES, reason_of(sock));
+		failed(f, "socket", sock);
 		return;
 	}
 	len = rendezvous_name(&un, &peer, &original);
@@ -464,31 +482,36 @@ static void knock(struct km_file *f, int fd)
 	err = km_sys_connect(sock, &un, len);
 	if (err < 0) {
 		km_sys_close(sock);
-		back_off(f, ACCEPTOR_TRIES, KM_REASON_PEER_ABSENT);
+		if (err == -ECONNREFUSED || err == -EAGAIN)
+			back_off(f, ACCEPTOR_TRIES, KM_REASON_PEER_ABSENT);
+		else
+			failed(f, "connect", err);
 		return;
 	}
 	KM_FAULT(HELLO_INSIDE);
-	err = prove(sock, &peer, &original, &uid);
-	if (err < 0) {
-		km_sys_close(sock);
-		tell_unproven(fd, err);
-		give_up(f, KM_REASON_PEER_UID);
+	sock = km_fd_hide(sock);
+	if (sock < 0) {
+		give_up(f, KM_REASON_BUDGET_FD);
+		return;
+	}
+	reason = prove(f, sock, &peer, &original, &uid);
+	if (reason != KM_REASON_NONE) {
+		km_fd_unhide(sock);
+		give_up(f, reason);
 		return;
 	}
 	if (!switch_begin(f)) {
-		km_sys_close(sock);
+		km_fd_unhide(sock);
 		back_off(f, ACCEPTOR_TRIES, (enum km_reason)f->reason);
 		return;
 	}
 	reason = make_channel(f, fd, sock, uid, &local, &peer, &original);
 	if (km_load_seq(&f->mode) == KM_MODE_SWITCHING)
 		km_store_seq(&f->mode, KM_MODE_PLAIN);
-	if (reason != KM_REASON_NONE) {
-		km_sys_close(sock);
+	if (f->link_state != KM_LINK_HELLO)
+		km_fd_unhide(sock);
+	if (reason != KM_REASON_NONE)
 		give_up(f, reason);
-	} else if (f->link_state != KM_LINK_HELLO) {
-		km_sys_close(sock);
-	}
 }
 
 /* -- connector ----------------------------------------------------------------- */
@@ -497,10 +520,10 @@ static void offer(struct km_file *f, int fd)
 {
 	struct km_address local, peer;
 	struct sockaddr_un un;
-	int sock, err = addresses(fd, &local, &peer);
+	int sock, err = km_link_addresses(fd, &local, &peer);
 
 	if (err < 0) {
-		back_off(f, CONNECTOR_TRIES, KM_REASON_SYSCALL);
+		no_address(f, err);
 		return;
 	}
 	if (!within_budget()) {
@@ -513,7 +536,7 @@ static void offer(struct km_file *f, int fd)
 	}
 	sock = km_sys_socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (sock < 0) {
-		back_off(f, CONNECTOR_TRIES, reason_of(sock));
+		failed(f, "socket", sock);
 		return;
 	}
 	err = km_sys_bind(sock, &un, rendezvous_name(&un, &local, &peer));
@@ -523,14 +546,16 @@ static void offer(struct km_file *f, int fd)
 	KM_FAULT(OFFER_LISTENS);
 	if (err < 0) {
 		km_sys_close(sock);
-		back_off(f, CONNECTOR_TRIES,
-			 err == -EADDRINUSE ? KM_REASON_NAME_TAKEN : reason_of(err));
+		if (err == -EADDRINUSE)
+			back_off(f, CONNECTOR_TRIES, KM_REASON_NAME_TAKEN);
+		else
+			failed(f, "bind or listen", err);
 		return;
 	}
 	km_count(KM_COUNT_OFFERS);
 	sock = km_fd_hide(sock);
 	if (sock < 0) {
-		back_off(f, CONNECTOR_TRIES, KM_REASON_BUDGET_FD);
+		give_up(f, KM_REASON_BUDGET_FD);
 		return;
 	}
 	f->link_fd = sock;
@@ -553,35 +578,37 @@ static enum km_reason attach(struct km_file *f, int fd, int sock,
 	struct km_conn *conn;
 	int own[2], err;
 
-	err = addresses(fd, &local, &peer);
+	err = km_link_addresses(fd, &local, &peer);
 	memcpy(acceptor.ip, hello->laddr, 16);
 	acceptor.port = hello->lport;
-	if (err == 0)
-		err = prove(sock, &acceptor, &local, &uid);
+	reason = err < 0	    ? km_stay_reason(err)
+		 : !within_budget() ? KM_REASON_BUDGET_MEMORY
+				    : prove(f, sock, &acceptor, &local, &uid);
 	/* A redirected connection's acceptor has another address than this end
 	 * connected to; that it is ours is then only its own word, which is enough
 	 * between processes of one user. */
-	if (err == 0 && !same_address(&acceptor, &peer) && uid != geteuid())
-		err = -EACCES;
-	if (err < 0) {
-		km_sys_close(fds[0]);
-		km_sys_close(fds[1]);
-		km_sys_close(fds[2]);
-		tell_unproven(fd, err);
-		return KM_REASON_PEER_UID;
+	if (reason == KM_REASON_NONE && !same_address(&acceptor, &peer) &&
+	    uid != geteuid()) {
+		not_the_owner(f);
+		reason = KM_REASON_PEER_UID;
 	}
-	err = km_segment_attach(&f->seg, fds[0]);
-	KM_FAULT(ATTACH_MAPPED);
+	if (reason == KM_REASON_NONE) {
+		err = km_segment_attach(&f->seg, fds[0]);
+		KM_FAULT(ATTACH_MAPPED);
+		if (err < 0)
+			reason = err == -EPERM ? KM_REASON_PEER_BAD
+					       : km_stay_reason(err);
+	}
 	km_sys_close(fds[0]);
-	if (err < 0) {
+	if (reason != KM_REASON_NONE) {
 		km_sys_close(fds[1]);
 		km_sys_close(fds[2]);
-		return reason_of(err);
+		return reason;
 	}
 	err = km_peer_bell_take(f, fds[1], fds[2], uid, hello->slot);
 	if (err < 0) {
 		km_segment_unmap(&f->seg);
-		return reason_of(err);
+		return km_stay_reason(err);
 	}
 	conn = km_conn_new(&reason);
 	if (!conn) {
@@ -596,7 +623,7 @@ static enum km_reason attach(struct km_file *f, int fd, int sock,
 	if (err < 0) {
 		conn_undo(f);
 		km_segment_unmap(&f->seg);
-		return reason_of(err);
+		return km_stay_reason(err);
 	}
 	ack.slot = f->slot;
 	bell_fds(f, own);
@@ -608,7 +635,7 @@ static enum km_reason attach(struct km_file *f, int fd, int sock,
 	if (err < 0 ||
 	    (!km_cas_seq(&f->seg.wire->state, &hello_state, KM_SEG_ATTACHED) &&
 	     hello_state != KM_SEG_READY)) {
-		abandon(f, KM_REASON_PEER_CANCELLED);
+		abandon(f, err < 0 ? exchange_reason(err) : KM_REASON_PEER_CANCELLED);
 		return KM_REASON_NONE;
 	}
 	KM_FAULT(ATTACH_DONE);
@@ -639,8 +666,12 @@ static void take_hello(struct km_file *f, int fd)
 	if (f->link_state == KM_LINK_OFFERED) {
 		sock = km_sys_accept4(f->link_fd, NULL, NULL,
 				      SOCK_CLOEXEC | SOCK_NONBLOCK);
-		if (sock < 0) {
+		if (sock == -EAGAIN || sock == -ECONNABORTED) {
 			back_off(f, CONNECTOR_TRIES, KM_REASON_PEER_ABSENT);
+			return;
+		}
+		if (sock < 0) {
+			failed(f, "accept4", sock);
 			return;
 		}
 		KM_FAULT(ATTACH_CAME);
@@ -666,9 +697,7 @@ static void take_hello(struct km_file *f, int fd)
 		return;
 	}
 	if (n < 0) {
-		reason = n == -EPROTONOSUPPORT ? KM_REASON_PEER_VERSION
-			 : n == -ECONNRESET    ? KM_REASON_PEER_CANCELLED
-					       : KM_REASON_PEER_BAD;
+		reason = exchange_reason(n);
 	} else if (n != HELLO_FDS || hello.kind != KM_HELLO ||
 		   hello.slot >= KM_BELL_SLOTS) {
 		while (n)
@@ -699,8 +728,12 @@ void km_link_poke(struct km_file *f, int fd)
 		return;
 	/* With a thread in the kernel there is no switching now, which is no reason
 	 * to try less often later. */
-	if (km_load_seq(&f->mode) == KM_MODE_PLAIN && f->calls >= f->next_try &&
-	    km_load_seq(&f->busy) == 0 && km_file_of(fd) == f) {
+	if (km_load_seq(&f->mode) != KM_MODE_PLAIN || f->calls < f->next_try ||
+	    km_load_seq(&f->busy) || km_file_of(fd) != f) {
+		/* Not now. */
+	} else if (!km_fd_spare()) {
+		give_up(f, KM_REASON_BUDGET_FD);
+	} else {
 		switch ((enum km_link_state)f->link_state) {
 		case KM_LINK_NONE:
 			if (f->passed && !km_held_take(f, fd))
@@ -768,6 +801,9 @@ static void advance(struct km_file *f)
 	 * at the socket tells of a refusal; a few of them are enough. */
 	if (state == KM_SEG_HELLO && f->calls++ < f->next_try)
 		return;
+	/* The ack brings two descriptors; until there is place the kernel goes on. */
+	if (!km_fd_spare())
+		return;
 	n = recv_hello(f->link_fd, &ack, fds);
 	if (n == -EAGAIN && state == KM_SEG_HELLO) {
 		f->next_try = f->calls * 2 + 1;
@@ -777,11 +813,13 @@ static void advance(struct km_file *f)
 		KM_FAULT(ATTACH_ANSWER);
 		int err = km_peer_bell_take(f, fds[0], fds[1], f->bell->uid, ack.slot);
 
-		reason = reason_of(err);
+		reason = km_stay_reason(err);
 		n = 0;
 		ready = err == 0;
 	} else if (n == 0 && ack.kind == KM_REFUSE && ack.reason < 64) {
 		reason = (enum km_reason)ack.reason;
+	} else if (n < 0 && n != -EAGAIN) {
+		reason = exchange_reason(n);
 	}
 	while (n > 0)
 		km_sys_close(fds[--n]);
@@ -885,7 +923,7 @@ enum km_role km_link_role(int fd)
 {
 	struct km_address local, peer;
 
-	if (addresses(fd, &local, &peer) < 0)
+	if (km_link_addresses(fd, &local, &peer) < 0)
 		return KM_ROLE_UNKNOWN;
 	/* Most of what is passed on was accepted. */
 	return !km_diag_listens(&local) && km_diag_listens(&peer) ? KM_ROLE_CONNECTOR
@@ -898,7 +936,7 @@ int km_link_alone(struct km_file *f, int fd, uint32_t ring_size)
 	struct km_address local, peer;
 	enum km_reason reason;
 	struct km_conn *conn;
-	int memfd, err = addresses(fd, &local, &peer);
+	int memfd, err = km_link_addresses(fd, &local, &peer);
 
 	if (err < 0) {
 		/* The connection is over; what was unread is still to be had. */
@@ -957,8 +995,14 @@ static void move_link(int fd, uint64_t entry, void *arg)
 	int wanted = *(int *)arg;
 
 	(void)fd;
-	if (km_fd_kind(entry) == KM_FD_FILE && f->link_fd == wanted)
-		f->link_fd = km_fd_hide(km_sys_fcntl(wanted, F_DUPFD_CLOEXEC, 0));
+	if (km_fd_kind(entry) != KM_FD_FILE)
+		return;
+	if (f->link_fd == wanted)
+		f->link_fd = km_fd_hide_copy(wanted);
+	if (f->held_fd == wanted)
+		f->held_fd = km_fd_hide_copy(wanted);
+	if (f->keep_fd == wanted)
+		f->keep_fd = km_fd_hide_copy(wanted);
 }
 
 void km_link_move(int fd)

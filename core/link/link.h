@@ -58,6 +58,18 @@ void km_link_move(int fd);
 /* Another descriptor of f, or -1. */
 int km_link_other_fd(struct km_file *f);
 
+/* Both ends of the TCP connection fd.  0 or an error of getsockname or getpeername. */
+int km_link_addresses(int fd, struct km_address *local, struct km_address *peer);
+
+/* -- stay.c: connections that stay on the kernel; link_lock held ------------------------ */
+
+/* What an error of a system call of the upgrade means for the connection. */
+enum km_reason km_stay_reason(int err);
+/* f stays on the kernel: has tools see why. */
+void km_stay(struct km_file *f, enum km_reason reason);
+/* f is closed. */
+void km_stay_forget(struct km_file *f);
+
 /*
  * The user id that owns the TCP socket whose own address is local and whose
  * peer is remote, in this network namespace.  0, -ENOENT (no such socket), or

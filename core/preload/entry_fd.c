@@ -116,8 +116,9 @@ static void make_way(int fd)
 {
 	km_bell_move(fd);
 	km_link_move(fd);
+	km_conn_move(fd);
 	if (km_proc.log_fd == fd)
-		km_proc.log_fd = km_fd_hide(km_sys_fcntl(fd, F_DUPFD_CLOEXEC, 0));
+		km_proc.log_fd = km_fd_hide_copy(fd);
 }
 
 int km_entry_dup2(int from, int to, int flags, bool dup3_)

@@ -74,6 +74,19 @@ extern int __register_atfork(void (*prepare)(void), void (*parent)(void),
 			     void (*child)(void), void *library) __attribute__((weak));
 extern void *__dso_handle __attribute__((visibility("hidden")));
 
+/* Who asked for a log gets it, if need be for one of the program's numbers. */
+static void hide_log(void)
+{
+	int high = km_fd_hide_copy(km_proc.log_fd);
+
+	if (high < 0) {
+		km_fd_hide_here(km_proc.log_fd);
+		return;
+	}
+	km_sys_close(km_proc.log_fd);
+	km_proc.log_fd = high;
+}
+
 __attribute__((constructor(101))) static void start(void)
 {
 	int saved = errno;
@@ -83,7 +96,7 @@ __attribute__((constructor(101))) static void start(void)
 	if (!km_proc.disabled)
 		km_options_init();
 	if (km_proc.log_fd > STDERR_FILENO)
-		km_proc.log_fd = km_fd_hide(km_proc.log_fd);
+		hide_log();
 	/* Cookies with the top bit set are no pointer and no small number. */
 	km_sys_getrandom(&km_proc.magic, sizeof(km_proc.magic));
 	km_proc.magic |= 0x80000000u;
