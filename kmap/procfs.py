@@ -8,9 +8,11 @@ being read is left out, never an error.  Other users' processes need root to rea
 from __future__ import annotations
 
 import contextlib
+import functools
 import ipaddress
 import os
 import re
+import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +22,12 @@ from kmap.native import PRELOAD_NAME
 from kmap.wire import Endpoint
 
 STATISTICS_LINK = "/memfd:kmap-stats"
+# Where memfd_create is refused it is a file without a name, as others may have too.
+UNNAMED_LINK = "/dev/shm/#"
 _SOCKET_LINK = re.compile(r"socket:\[(\d+)\]")
+
+# The smallest limit of which the library takes a few numbers.
+_INSIDE_LEAST = 1024
 
 # Numbers of include/net/tcp_states.h that matter here.
 ESTABLISHED = 0x01
@@ -64,6 +71,8 @@ class Process:
     network: int
     has_library: bool
     disabled: bool
+    # Its limit leaves the library no place for descriptors of its own.
+    cannot_hide: bool
     # inode of the socket -> lowest descriptor
     sockets: dict[int, int]
     statistics: tuple[StatisticsFile, ...]
@@ -106,9 +115,26 @@ def _disabled(pid: int) -> bool:
         return False
 
 
+def _cannot_hide(pid: int) -> bool:
+    """Whether RLIMIT_NOFILE is small, and cannot be raised (core/fd/hidden.c)."""
+    try:
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    except OSError:
+        return False
+    return soft == hard < _INSIDE_LEAST
+
+
 def open_statistics(pid: int) -> tuple[StatisticsFile, ...]:
     """The statistics memfds that the process has open, each once."""
     return _descriptors(pid)[1]
+
+
+def _is_statistics(path: str) -> bool:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return wire.has_magic(fd)
+    finally:
+        os.close(fd)
 
 
 def _descriptors(pid: int) -> tuple[dict[int, int], tuple[StatisticsFile, ...]]:
@@ -125,7 +151,9 @@ def _descriptors(pid: int) -> tuple[dict[int, int], tuple[StatisticsFile, ...]]:
             link = os.readlink(path)
             if match := _SOCKET_LINK.fullmatch(link):
                 sockets.setdefault(int(match[1]), int(name))
-            elif link.startswith(STATISTICS_LINK):
+            elif link.startswith(STATISTICS_LINK) or (
+                link.startswith(UNNAMED_LINK) and _is_statistics(path)
+            ):
                 status = os.stat(path)
                 identity = (status.st_dev, status.st_ino)
                 statistics.setdefault(identity, StatisticsFile(identity, path))
@@ -146,6 +174,7 @@ def process(pid: int) -> Process | None:
         network=network,
         has_library=library,
         disabled=library and _disabled(pid),
+        cannot_hide=library and _cannot_hide(pid),
         sockets=sockets,
         statistics=statistics if library else (),
     )
@@ -183,14 +212,20 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def _endpoint(text: str) -> Endpoint:
-    address, port = text.split(":")
+# Many sockets have few addresses between them.
+@functools.lru_cache(maxsize=4096)
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     # Four-byte words of the network-order address, each printed as a host integer.
-    words = (int(address[i : i + 8], 16) for i in range(0, len(address), 8))
+    words = (int(text[i : i + 8], 16) for i in range(0, len(text), 8))
     raw = b"".join(word.to_bytes(4, sys.byteorder) for word in words)
     if len(raw) == 4:
-        return Endpoint(ipaddress.IPv4Address(raw), int(port, 16))
-    return Endpoint.from_bytes(raw, int(port, 16))
+        return ipaddress.IPv4Address(raw)
+    return Endpoint.from_bytes(raw, 0).address
+
+
+def _endpoint(text: str) -> Endpoint:
+    address, port = text.split(":")
+    return Endpoint(_address(address), int(port, 16))
 
 
 def parse_tcp(text: str) -> Iterator[TcpSocket]:

@@ -8,9 +8,11 @@ it works on a process that runs another build.
 from __future__ import annotations
 
 import enum
+import functools
 import ipaddress
 import os
 import struct
+import sys
 from dataclasses import dataclass
 
 MAGIC = int.from_bytes(b"MAPSTATS", "little")
@@ -62,13 +64,19 @@ class Endpoint:
     @classmethod
     def from_bytes(cls, raw: bytes, port: int) -> Endpoint:
         """From sixteen bytes, IPv4 as v4-mapped."""
-        address = ipaddress.IPv6Address(raw)
-        return cls(address.ipv4_mapped or address, port)
+        return cls(_address(raw), port)
 
     def __str__(self) -> str:
         if self.address.version == 6:
             return f"[{self.address}]:{self.port}"
         return f"{self.address}:{self.port}"
+
+
+# Many connections have few addresses between them.
+@functools.lru_cache(maxsize=4096)
+def _address(raw: bytes) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    address = ipaddress.IPv6Address(raw)
+    return address.ipv4_mapped or address
 
 
 @dataclass(frozen=True)
@@ -167,6 +175,14 @@ def _decode_row(raw: bytes, offset: int, index: int) -> Row | None:
         raise NotStatistics(f"row {index}: {error}") from error
 
 
+def _state(raw: bytes) -> int:
+    return int.from_bytes(raw[0:4], sys.byteorder)
+
+
+def _generation(raw: bytes) -> int:
+    return int.from_bytes(raw[92:96], sys.byteorder)
+
+
 def _read_fully(fd: int, length: int, offset: int) -> bytes:
     raw = os.pread(fd, length, offset)
     if len(raw) < length:
@@ -177,6 +193,11 @@ def _read_fully(fd: int, length: int, offset: int) -> bytes:
 def is_made(fd: int) -> bool:
     """Whether the owner has filled in the header, whose magic number it stores last."""
     return any(os.pread(fd, 8, 0))
+
+
+def has_magic(fd: int) -> bool:
+    """Whether it is such a file at all."""
+    return os.pread(fd, 8, 0) == MAGIC.to_bytes(8, sys.byteorder)
 
 
 def read_statistics(fd: int) -> Statistics:
@@ -203,12 +224,13 @@ def read_statistics(fd: int) -> Statistics:
         raw = before[index * row_size : (index + 1) * row_size]
         for _ in range(_ATTEMPTS):
             # Free rows cost no second look: most of a long-lived table is free.
-            if _decode_row(raw, 0, index) is None:
+            if _state(raw) == RowState.FREE:
                 break
             again = _read_fully(fd, row_size, header_size + index * row_size)
-            first, second = _decode_row(raw, 0, index), _decode_row(again, 0, index)
-            if first and second and first.generation == second.generation:
-                rows.append(second)
+            if _generation(raw) == _generation(again):
+                row = _decode_row(again, 0, index)
+                if row is not None:
+                    rows.append(row)
                 break
             raw = again
     return Statistics(

@@ -9,6 +9,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "base/refused.h"
+
 struct km_proc km_proc = {.log_fd = 2};
 __thread struct km_thread km_thread
 	__attribute__((tls_model("initial-exec"))) = {.epfd = -1};
@@ -37,6 +39,7 @@ enum km_lock_result km_lock_slow(km_a32 *lock)
 {
 	struct timespec slice = {0, LOCK_SLICE_NS};
 	uint32_t self = km_tid();
+	int err;
 
 	for (unsigned spins = 0;; spins++) {
 		uint32_t seen = 0;
@@ -52,8 +55,11 @@ enum km_lock_result km_lock_slow(km_a32 *lock)
 		if (!(seen & WAITERS) && !km_cas_seq(lock, &seen, seen | WAITERS))
 			continue;
 		seen |= WAITERS;
-		if (km_sys_futex_wait(lock, seen, &slice) == -ETIMEDOUT &&
-		    owner_is_dead(seen) && km_cas_seq(lock, &seen, self | WAITERS))
+		err = km_sys_futex_wait(lock, seen, &slice);
+		if (km_unlikely(km_refused(err)))
+			km_doze();
+		if ((err == -ETIMEDOUT || km_refused(err)) && owner_is_dead(seen) &&
+		    km_cas_seq(lock, &seen, self | WAITERS))
 			return KM_LOCK_STOLEN;
 	}
 }

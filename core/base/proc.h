@@ -22,6 +22,7 @@
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/ioctl.h>
+#include <sys/prctl.h>
 #include <sys/select.h>
 #include <sys/sendfile.h>
 #include <sys/socket.h>
@@ -118,6 +119,7 @@ struct km_proc {
 	/* TCP sockets tracked in this process */
 	km_a32 files;
 	bool used;	  /* some socket or epoll set was tracked once */
+	bool filtered;	  /* under a seccomp filter of the program's own */
 	bool mixed;	  /* some epoll set held an upgraded connection once */
 	km_a64 memory;	  /* bytes of segments mapped */
 	km_a64 *counters; /* in the statistics memfd, or private before it exists */

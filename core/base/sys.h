@@ -194,13 +194,12 @@ static inline int km_sys_ioctl(int fd, unsigned long request, void *arg)
 {
 	return (int)KM_SYS(ioctl, fd, request, arg, 0, 0, 0);
 }
+/* ppoll, or poll where that is refused; see base/refused.h. */
+int km_ppoll(struct pollfd *fds, nfds_t n, const struct timespec *timeout,
+	     const void *mask);
 static inline int km_sys_poll(struct pollfd *fds, nfds_t n, const struct timespec *to)
 {
-	struct timespec copy;
-
-	if (to)
-		copy = *to;
-	return (int)KM_SYS(ppoll, fds, n, to ? &copy : NULL, NULL, KM_SIGSET_SIZE, 0);
+	return km_ppoll(fds, n, to, NULL);
 }
 static inline int km_sys_epoll_create(int flags)
 {
@@ -212,7 +211,11 @@ static inline int km_sys_epoll_ctl(int epfd, int op, int fd, struct epoll_event 
 }
 static inline int km_sys_epoll_wait(int epfd, struct epoll_event *evs, int max, int ms)
 {
+#ifdef SYS_epoll_wait
+	return (int)KM_SYS(epoll_wait, epfd, evs, max, ms, 0, 0);
+#else
 	return (int)KM_SYS(epoll_pwait, epfd, evs, max, ms, NULL, KM_SIGSET_SIZE);
+#endif
 }
 
 /* FUTEX_WAIT on a word that other processes share; timeout NULL waits for ever.

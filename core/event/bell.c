@@ -76,7 +76,7 @@ int km_set_hear(struct km_set *set, struct km_bell *bell)
 		if (set->bell[i] == bell)
 			return 0;
 	if (n == KM_SET_BELLS)
-		return -ENOSPC;
+		return -EUSERS;
 	ev.data.u64 = (uint64_t)km_proc.magic << 32 | 0x80000000u | bell->index;
 	err = km_sys_epoll_ctl(set->epfd, EPOLL_CTL_ADD, bell->latch, &ev);
 	if (err < 0 && err != -EEXIST)
@@ -94,7 +94,7 @@ static int bell_new(struct km_set *set, uint32_t uid, struct km_bell **out)
 	int err;
 
 	if (bell_count == BELLS)
-		return -ENOSPC;
+		return -EUSERS;
 	bell = km_pages(sizeof(*bell) + KM_BELL_SLOTS * sizeof(*bell->slot), false);
 	if (!bell)
 		return -ENOMEM;
@@ -105,6 +105,8 @@ static int bell_new(struct km_set *set, uint32_t uid, struct km_bell **out)
 	bell->index = bell_count;
 	err = bell_open(bell);
 	if (err < 0) {
+		if (bell->wire)
+			munmap(bell->wire, KM_BELL_SIZE);
 		km_fd_unhide(bell->memfd);
 		km_fd_unhide(bell->latch);
 		munmap(bell, sizeof(*bell) + KM_BELL_SLOTS * sizeof(*bell->slot));

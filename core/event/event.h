@@ -101,7 +101,7 @@ struct km_peer_bell {
 };
 
 /* A bell for peers of that uid, and a slot for f in it; made if need be.
- * 0, -ENOSPC, or the error of memfd_create, socket or mmap.  link_lock held. */
+ * 0, -EUSERS, or the error of memfd_create, socket or mmap.  link_lock held. */
 int km_bell_take(struct km_file *f, uint32_t uid);
 void km_bell_drop(struct km_file *f);
 /* Counts a sleeper in or out. */
@@ -118,7 +118,7 @@ void km_bell_kick(struct km_bell *bell);
 void km_bell_fork_child(void);
 /* Gives a hidden descriptor of a bell another number. */
 void km_bell_move(int fd);
-/* Makes set hear bell; set.lock held.  0, -ENOSPC or an error of epoll_ctl. */
+/* Makes set hear bell; set.lock held.  0, -EUSERS or an error of epoll_ctl. */
 int km_set_hear(struct km_set *set, struct km_bell *bell);
 /* The set is gone; its bells serve no new connection. */
 void km_bell_forget_set(struct km_set *set);

@@ -13,6 +13,7 @@
  * traffic on the others.  How much there is of that shows in this end's own positions,
  * which the peer cannot write.)
  */
+#include "base/refused.h"
 #include "event/event.h"
 
 #define IDLE_WAKES 256
@@ -73,12 +74,18 @@ int km_idle_wake(struct km_bell *const *bells, uint32_t n, const sigset_t *mask)
 {
 	struct km_thread *t = &km_thread;
 	struct timespec nap = {0, NAP_NS};
+	int err;
 
 	if (km_unlikely(++t->idle_wakes >= IDLE_WAKES))
 		judge(t, bells, n);
 	if (km_likely(!t->flooded))
 		return 0;
-	return (int)KM_SYS(ppoll, NULL, 0, &nap, mask, KM_SIGSET_SIZE, 0);
+	err = km_ppoll(NULL, 0, &nap, mask);
+	if (km_unlikely(km_refused(err))) {
+		km_doze();
+		err = 0;
+	}
+	return err;
 }
 
 void km_useful_wake(void)

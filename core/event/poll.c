@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "base/fault.h"
+#include "base/refused.h"
 #include "event/event.h"
 #include "link/link.h"
 #include "sock/stream.h"
@@ -121,6 +122,11 @@ uint32_t km_file_level(struct km_file *f, uint32_t wanted)
 
 /* -- the thread's hidden epoll set ---------------------------------------------- */
 
+static int open_epoll(void)
+{
+	return km_sys_epoll_create(EPOLL_CLOEXEC);
+}
+
 int km_thread_listen(struct km_bell *bell)
 {
 	struct km_thread *t = &km_thread;
@@ -131,7 +137,7 @@ int km_thread_listen(struct km_bell *bell)
 		if (t->bell[i] == bell)
 			return t->epfd;
 	if (t->epfd < 0) {
-		t->epfd = km_fd_hide(km_sys_epoll_create(EPOLL_CLOEXEC));
+		t->epfd = km_fd_hide_new(open_epoll);
 		if (t->epfd < 0) {
 			err = t->epfd;
 			t->epfd = -1;
@@ -156,9 +162,15 @@ int km_thread_listen(struct km_bell *bell)
 void km_thread_listened(void)
 {
 	struct epoll_event evs[16];
+	struct km_thread *t = &km_thread;
 
-	if (km_thread.epfd >= 0)
-		km_sys_epoll_wait(km_thread.epfd, evs, KM_COUNT(evs), 0);
+	if (t->epfd < 0 ||
+	    !km_refused(km_sys_epoll_wait(t->epfd, evs, KM_COUNT(evs), 0)))
+		return;
+	/* It would stay readable, and every sleep be none. */
+	km_fd_unhide(t->epfd);
+	t->epfd = -1;
+	t->bells = 0;
 }
 
 /* -- poll ------------------------------------------------------------------------- */
@@ -206,7 +218,9 @@ static nfds_t poll_begin(struct poll_call *c)
 		c->asked[i].revents = 0;
 		c->file[i] = NULL;
 		c->sets += mixed_set(&c->fds[i]) != NULL;
-		if (!f || km_load_acquire(&f->mode) != KM_MODE_CHANNEL)
+		/* One that has gone back to the kernel needs no more than the kernel. */
+		if (!f || km_load_acquire(&f->mode) != KM_MODE_CHANNEL ||
+		    km_stream_ended(f))
 			continue;
 		km_file_hold(f);
 		/* Either a close sees the hold, or this sees the close. */
@@ -314,8 +328,7 @@ static int ask_kernel(struct pollfd *fds, nfds_t n, int64_t left, const sigset_t
 {
 	struct timespec ts = {left / 1000000000, left % 1000000000};
 
-	return (int)KM_SYS(ppoll, fds, n, left == INT64_MAX ? NULL : &ts, mask,
-			   KM_SIGSET_SIZE, 0);
+	return km_ppoll(fds, n, left == INT64_MAX ? NULL : &ts, mask);
 }
 
 static int poll_kernel(struct poll_call *c, bool bells, int64_t left,
@@ -457,7 +470,8 @@ static bool any_channel(const struct poll_call *c)
 {
 	for (nfds_t i = 0; i < c->n; i++)
 		if (c->file[i] && km_load_seq(&c->file[i]->mode) >= KM_MODE_SWITCHING &&
-		    km_load_seq(&c->file[i]->mode) != KM_MODE_PINNED)
+		    km_load_seq(&c->file[i]->mode) != KM_MODE_PINNED &&
+		    !km_stream_ended(c->file[i]))
 			return true;
 	return any_mixed_set(c);
 }

@@ -236,6 +236,32 @@ static int reg_convert(struct km_reg *reg, int op)
 	return 0;
 }
 
+/* Makes it the program's again; set's lock held. */
+static void reg_restore(struct km_reg *reg)
+{
+	struct epoll_event ev = {.events = reg->events, .data = reg->data};
+
+	if (km_sys_epoll_ctl(reg->set->epfd, EPOLL_CTL_MOD, reg->fd, &ev) == -EINVAL) {
+		km_sys_epoll_ctl(reg->set->epfd, EPOLL_CTL_DEL, reg->fd, NULL);
+		km_sys_epoll_ctl(reg->set->epfd, EPOLL_CTL_ADD, reg->fd, &ev);
+	}
+	ready_remove(reg);
+	reg->ours = false;
+	km_sub_seq(&reg->set->rings, 1);
+}
+
+/* Takes back what was done before registration end. */
+static void detach_until(struct km_file *f, const struct km_reg *end)
+{
+	for (struct km_reg *reg = f->regs; reg != end; reg = reg->next) {
+		enum km_lock_result how = km_lock(&reg->set->lock);
+
+		if (reg->active && reg->ours)
+			reg_restore(reg);
+		km_unlock(&reg->set->lock, how);
+	}
+}
+
 int km_event_attach(struct km_file *f)
 {
 	for (struct km_reg *reg = f->regs; reg; reg = reg->next) {
@@ -249,6 +275,13 @@ int km_event_attach(struct km_file *f)
 				km_sys_epoll_ctl(reg->set->epfd, EPOLL_CTL_DEL, reg->fd,
 						 NULL);
 				err = reg_convert(reg, EPOLL_CTL_ADD);
+				if (err < 0) {
+					struct epoll_event ev = {reg->events,
+								 reg->data};
+
+					km_sys_epoll_ctl(reg->set->epfd, EPOLL_CTL_ADD,
+							 reg->fd, &ev);
+				}
 			}
 			if (err == -ENOENT) {
 				/* It went away by a path that is not seen. */
@@ -258,8 +291,10 @@ int km_event_attach(struct km_file *f)
 		}
 		km_unlock(&reg->set->lock, how);
 		if (err < 0) {
-			km_log(KM_LOG_ERROR, "fd %d: epoll_ctl failed (%d)", f->fd,
-			       err);
+			km_log(KM_LOG_ERROR,
+			       "fd %d stays on the kernel: epoll_ctl failed (errno %d)",
+			       f->fd, -err);
+			detach_until(f, reg);
 			return err;
 		}
 	}
@@ -719,6 +754,11 @@ static int kernel_wait(int epfd, struct epoll_event *evs, int max, int64_t timeo
 		int ms = timeout_ns < 0 ? -1
 					: (int)KM_MIN(timeout_ns / 1000000, INT32_MAX);
 
+#ifdef SYS_epoll_wait
+		/* What libc's own epoll_wait is, and a filter so lets through. */
+		if (!mask)
+			return (int)KM_SYS(epoll_wait, epfd, evs, max, ms, 0, 0);
+#endif
 		return (int)KM_SYS(epoll_pwait, epfd, evs, max, ms, mask,
 				   KM_SIGSET_SIZE);
 	}

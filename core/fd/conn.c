@@ -13,9 +13,11 @@
 #include "fd/file.h"
 
 #define ROWS 65536u
+#define TABLE_SIZE (KM_STATS_HEADER + (size_t)ROWS * KM_STATS_ROW)
 
 static struct km_stats_header *table;
 static int table_fd = -1;
+static uint32_t notes;	   /* rows written into it before it could be mapped */
 static uint32_t free_rows; /* index + 1 of the first, chained by next_free */
 
 _Static_assert(KM_COUNTERS <= 64, "counters do not fit their place");
@@ -44,44 +46,62 @@ static int table_file(void)
 {
 	int fd = km_sys_memfd_create("kmap-stats", MFD_CLOEXEC | MFD_ALLOW_SEALING);
 
-	if (fd < 0 && fd != -EMFILE && fd != -ENFILE)
+	if (fd < 0)
 		fd = km_sys_openat("/dev/shm", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
-	return km_fd_hide(fd);
+	return fd;
 }
 
-static enum km_reason make_table(void)
+static void fill_header(struct km_stats_header *t)
 {
-	size_t size = KM_STATS_HEADER + (size_t)ROWS * KM_STATS_ROW;
-	int fd = table_file();
-	struct km_stats_header *t;
-	int err;
-
-	if (fd < 0)
-		return fd == -EMFILE || fd == -ENFILE ? KM_REASON_BUDGET_FD
-						      : KM_REASON_SYSCALL;
-	if (km_sys_ftruncate(fd, (int64_t)size) < 0) {
-		km_fd_unhide(fd);
-		return KM_REASON_SYSCALL;
-	}
-	t = km_sys_mmap(size, MAP_NORESERVE, fd, &err);
-	if (!t) {
-		km_fd_unhide(fd);
-		return KM_REASON_BUDGET_MEMORY;
-	}
-	seal(fd);
 	t->version = KM_STATS_VERSION;
 	t->header_size = KM_STATS_HEADER;
 	t->row_size = KM_STATS_ROW;
 	t->row_count = ROWS;
 	t->pid = (uint32_t)km_sys_getpid();
-	prctl(PR_GET_NAME, t->comm);
+	KM_SYS(prctl, PR_GET_NAME, t->comm, 0, 0, 0, 0);
 	__atomic_store_n(&t->magic, KM_STATS_MAGIC, __ATOMIC_RELEASE);
+}
+
+static enum km_reason make_table(void)
+{
+	struct km_stats_header *t;
+	int err;
+
+	if (table_fd < 0)
+		table_fd = km_fd_hide_new(table_file);
+	if (table_fd < 0)
+		return table_fd == -EMFILE || table_fd == -ENFILE ? KM_REASON_BUDGET_FD
+								  : KM_REASON_SYSCALL;
+	if (km_sys_ftruncate(table_fd, TABLE_SIZE) < 0)
+		return KM_REASON_SYSCALL;
+	t = km_sys_mmap(TABLE_SIZE, MAP_NORESERVE, table_fd, &err);
+	if (!t)
+		return err == -ENOMEM ? KM_REASON_BUDGET_MEMORY : KM_REASON_SYSCALL;
+	seal(table_fd);
+	fill_header(t);
 	km_proc.counters = (km_a64 *)((char *)t + KM_STATS_COUNTERS_OFFSET);
 	km_proc.reasons = (km_a64 *)((char *)t + KM_STATS_REASONS_OFFSET);
 	table = t;
-	table_fd = fd;
 	km_fault_arm();
 	return KM_REASON_NONE;
+}
+
+/* The rows that are written without a mapping are few, and the oldest gives way. */
+#define NOTES 1024u
+
+static void note_in_file(const struct km_stats_row *row)
+{
+	struct km_stats_header head = {.used_rows = KM_MIN(notes + 1, NOTES)};
+	uint64_t at = KM_STATS_HEADER + (uint64_t)(notes % NOTES) * KM_STATS_ROW;
+	char padded[KM_STATS_ROW] = {0};
+
+	if (table_fd < 0)
+		return;
+	fill_header(&head);
+	memcpy(padded, row, sizeof(*row));
+	KM_SYS(pwrite64, table_fd, padded, sizeof(padded), at, 0, 0);
+	KM_SYS(pwrite64, table_fd, &head, sizeof(head), 0, 0, 0);
+	notes++;
 }
 
 /* Rows that a forked child freed never reached the free list. */
@@ -149,6 +169,26 @@ void km_conn_free(struct km_conn *conn)
 	km_unlock(&km_proc.table_lock, how);
 }
 
+struct km_conn *km_conn_note(const struct km_stats_row *row)
+{
+	enum km_reason none;
+	struct km_conn *conn = km_conn_new(&none);
+	enum km_lock_result how;
+
+	if (conn) {
+		uint32_t generation = conn->row.generation;
+
+		conn->row = *row;
+		conn->row.generation = generation;
+		return conn;
+	}
+	how = km_lock(&km_proc.table_lock);
+	if (!table)
+		note_in_file(row);
+	km_unlock(&km_proc.table_lock, how);
+	return NULL;
+}
+
 void km_conn_move(int fd)
 {
 	enum km_lock_result how = km_lock(&km_proc.table_lock);
@@ -164,5 +204,6 @@ void km_conn_fork_child(void)
 {
 	table = NULL;
 	free_rows = 0;
+	notes = 0;
 	table_fd = -1;
 }

@@ -59,6 +59,8 @@ void km_file_new(int fd, enum km_role role)
 	if ((unsigned)fd >= KM_FD_MAX || km_thread.bypass)
 		return;
 	km_fd_forget(fd);
+	if (km_unlikely(km_proc.filtered))
+		return;
 	f = file_alloc();
 	if (!f)
 		return;

@@ -205,6 +205,9 @@ int km_fd_hide(int fd);
 /* A hidden duplicate of fd, which stays as it is; it has no low number even for an
  * instant. */
 int km_fd_hide_copy(int fd);
+/* Hides what make opens, close-on-exec.  It works also when the program has no number
+ * left, and takes none from it meanwhile. */
+int km_fd_hide_new(int (*make)(void));
 /* Marks it where it is. */
 void km_fd_hide_here(int fd);
 /* Closes a hidden descriptor. */
@@ -237,6 +240,8 @@ void km_file_pin(struct km_file *f, enum km_reason reason);
  * take: see there.
  */
 int km_file_to_kernel(struct km_file *f, int fd, enum km_reason reason, bool take);
+/* The same for all of them, and what is made afterwards is not tracked. */
+void km_file_all_to_kernel(enum km_reason reason);
 /* The child of a vfork has changed O_NONBLOCK of fd. */
 void km_file_flags_unseen(int fd);
 /* Another program is about to get fd: by exec as number to, or in a message (to is
@@ -269,6 +274,10 @@ void km_file_release(struct km_file *f);
  * table; *reason says which. */
 struct km_conn *km_conn_new(enum km_reason *reason);
 void km_conn_free(struct km_conn *conn);
+/* A row without a channel, which says what *row says.  NULL when it cannot be freed:
+ * there is no memory for the table, and the row was written into its file, or there is
+ * no descriptor for that either. */
+struct km_conn *km_conn_note(const struct km_stats_row *row);
 /* Gives the table's hidden descriptor another number, if it is fd. */
 void km_conn_move(int fd);
 

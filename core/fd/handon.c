@@ -38,6 +38,27 @@ int km_file_to_kernel(struct km_file *f, int fd, enum km_reason reason, bool tak
 	return err;
 }
 
+static void leave(int fd, uint64_t entry, void *arg)
+{
+	struct km_file *f = km_fd_object(entry);
+	enum km_reason reason = *(enum km_reason *)arg;
+	enum km_lock_result how;
+
+	if (km_fd_kind(entry) != KM_FD_FILE || f->fd != fd)
+		return;
+	km_file_to_kernel(f, fd, reason, true);
+	how = km_lock(&km_proc.link_lock);
+	if (how != KM_LOCK_NESTED && !f->conn)
+		km_stay(f, reason);
+	km_unlock(&km_proc.link_lock, how);
+}
+
+void km_file_all_to_kernel(enum km_reason reason)
+{
+	km_proc.filtered = true;
+	km_fd_each(leave, &reason);
+}
+
 /* The child of a vfork has descriptors of its own, and no say in the table. */
 static bool is_still(int fd, const struct km_file *f)
 {

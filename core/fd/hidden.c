@@ -87,6 +87,22 @@ static int inside(int fd, rlim_t limit)
 	return km_sys_fcntl(fd, F_DUPFD_CLOEXEC, first);
 }
 
+/* A duplicate where the program cannot reach it; limit_lock held. */
+static int copy_out(const struct window *w, int fd)
+{
+	return w->open ? km_sys_fcntl(fd, F_DUPFD_CLOEXEC, (long)w->was.rlim_cur)
+		       : inside(fd, w->was.rlim_cur);
+}
+
+static int mark(int high)
+{
+	if (high < 0)
+		return high == -EINVAL ? -EMFILE : high;
+	km_fd_forget(high);
+	km_fd_hide_here(high);
+	return high;
+}
+
 int km_fd_hide_copy(int fd)
 {
 	enum km_lock_result how;
@@ -97,16 +113,27 @@ int km_fd_hide_copy(int fd)
 		return fd;
 	how = km_lock(&km_proc.limit_lock);
 	window_open(&w);
-	high = w.open ? km_sys_fcntl(fd, F_DUPFD_CLOEXEC, (long)w.was.rlim_cur)
-		      : inside(fd, w.was.rlim_cur);
+	high = copy_out(&w, fd);
 	window_close(&w);
 	km_unlock(&km_proc.limit_lock, how);
-	if (high < 0)
-		return high == -EINVAL ? -EMFILE : high;
-	km_fd_forget(high);
-	km_fd_swap(high, KM_FD_HIDDEN, NULL);
-	km_add_seq(&hidden_count, 1);
-	return high;
+	return mark(high);
+}
+
+int km_fd_hide_new(int (*make)(void))
+{
+	enum km_lock_result how = km_lock(&km_proc.limit_lock);
+	struct window w;
+	int fd, high;
+
+	window_open(&w);
+	high = fd = make();
+	if (fd >= 0 && !(w.open && (rlim_t)fd >= w.was.rlim_cur)) {
+		high = copy_out(&w, fd);
+		km_sys_close(fd);
+	}
+	window_close(&w);
+	km_unlock(&km_proc.limit_lock, how);
+	return mark(high);
 }
 
 int km_fd_hide(int fd)
@@ -149,8 +176,8 @@ bool km_fd_spare(void)
 		return true;
 	n = (int)KM_MIN(limit.rlim_cur, SPARE_LOOK);
 	for (int i = 0; i < n; i++)
-		top[i] = (struct pollfd){
-			.fd = (int)KM_MIN(limit.rlim_cur, KM_FD_MAX) - 1 - i};
+		top[i] = (struct pollfd){.fd = (int)KM_MIN(limit.rlim_cur, KM_FD_MAX) -
+					       1 - i};
 	if (km_sys_poll(top, (nfds_t)n, &now) < 0)
 		return true;
 	for (int i = 0; i < n; i++)

@@ -3,7 +3,9 @@
 
 #include <arpa/inet.h>
 #include <errno.h>
+#include <linux/sockios.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <string.h>
 #include <sys/time.h>
 #include <sys/un.h>
@@ -275,11 +277,16 @@ static bool within_budget(void)
 	       km_proc.options.memory_limit;
 }
 
-static uint64_t socket_inode(int fd)
+uint64_t km_link_inode(int fd)
 {
 	struct stat st;
+	int err = km_sys_fstat(fd, &st);
 
-	return km_sys_fstat(fd, &st) < 0 ? 0 : (uint64_t)st.st_ino;
+	/* Another call for the same, where a filter refuses that one. */
+	if (err < 0)
+		err = (int)KM_SYS(newfstatat, fd, "", &st, 0x1000 /* AT_EMPTY_PATH */,
+				  0, 0);
+	return err < 0 ? 0 : (uint64_t)st.st_ino;
 }
 
 static bool has_timeout(int fd, int option)
@@ -303,7 +310,7 @@ static void conn_start(struct km_file *f, int fd, struct km_conn *conn,
 	uint32_t conn_flags = flags >= 0 && (flags & O_NONBLOCK) ? KM_CONN_NONBLOCK : 0;
 
 	conn->row.role = f->role;
-	conn->row.inode = socket_inode(fd);
+	conn->row.inode = km_link_inode(fd);
 	conn->row.fd = fd;
 	conn->row.pid = (uint32_t)km_sys_getpid();
 	conn->row.lport = local->port;
@@ -342,6 +349,23 @@ static void abandon(struct km_file *f, enum km_reason reason)
 	f->link_state = KM_LINK_DONE;
 	if (km_proc.reasons)
 		km_add_relaxed(&km_proc.reasons[reason], 1);
+}
+
+/* What the connection will need once it is on a ring, where it could not go back for
+ * want of it: is it let through?  0 or the error. */
+static int try_calls(int fd)
+{
+	struct pollfd pfd = {.fd = fd};
+	struct timespec now = {0, 0};
+	struct tcp_info info;
+	socklen_t len = sizeof(info);
+	int unread, err = km_sys_getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &len);
+
+	if (err == 0)
+		err = km_sys_ioctl(fd, SIOCINQ, &unread);
+	if (err == 0)
+		err = km_sys_poll(&pfd, 1, &now);
+	return KM_MIN(err, 0);
 }
 
 /* Undoes conn_start before anybody else could see the channel. */
@@ -393,7 +417,8 @@ static enum km_reason prove(const struct km_file *f, int sock,
 		       "fd %d: sock_diag cannot say who owns the other end (errno %d); "
 		       "it stays on the kernel",
 		       f->fd, -err);
-		return km_stay_reason(err);
+		return err == -EPROTO || err == -EPROTONOSUPPORT ? KM_REASON_SYSCALL
+								 : km_stay_reason(err);
 	}
 	*uid = cred.uid;
 	if (err == 0 && owner == cred.uid)
@@ -413,8 +438,12 @@ static enum km_reason make_channel(struct km_file *f, int fd, int sock, uint32_t
 				      .lport = local->port};
 	enum km_reason reason;
 	int fds[HELLO_FDS], err;
-	struct km_conn *conn = km_conn_new(&reason);
+	struct km_conn *conn;
 
+	err = try_calls(fd);
+	if (err < 0)
+		return km_stay_reason(err);
+	conn = km_conn_new(&reason);
 	if (!conn)
 		return reason;
 	err = km_segment_create(&f->seg, (uint32_t)km_proc.options.ring_size, &fds[0]);
@@ -592,6 +621,8 @@ static enum km_reason attach(struct km_file *f, int fd, int sock,
 		not_the_owner(f);
 		reason = KM_REASON_PEER_UID;
 	}
+	if (reason == KM_REASON_NONE && (err = try_calls(fd)) < 0)
+		reason = km_stay_reason(err);
 	if (reason == KM_REASON_NONE) {
 		err = km_segment_attach(&f->seg, fds[0]);
 		KM_FAULT(ATTACH_MAPPED);

@@ -61,6 +61,9 @@ int km_link_other_fd(struct km_file *f);
 /* Both ends of the TCP connection fd.  0 or an error of getsockname or getpeername. */
 int km_link_addresses(int fd, struct km_address *local, struct km_address *peer);
 
+/* Of the socket fd, as tools know it; 0 when that cannot be told. */
+uint64_t km_link_inode(int fd);
+
 /* -- stay.c: connections that stay on the kernel; link_lock held ------------------------ */
 
 /* What an error of a system call of the upgrade means for the connection. */

@@ -19,7 +19,7 @@ enum km_reason km_stay_reason(int err)
 		return KM_REASON_BUDGET_FD;
 	case -ENOMEM:
 		return KM_REASON_BUDGET_MEMORY;
-	case -ENOSPC:
+	case -EUSERS:
 		return KM_REASON_BUDGET_CONNECTIONS;
 	case -EPROTO:
 		return KM_REASON_PEER_BAD;
@@ -38,27 +38,22 @@ static bool shows_by_itself(enum km_reason reason)
 
 static void note(struct km_file *f, enum km_reason reason)
 {
-	struct km_address local, peer;
-	enum km_reason none;
-	struct km_conn *row;
-	struct stat st;
+	struct km_address local = {.port = 0}, peer = {.port = 0};
+	struct km_stats_row row = {.role = f->role,
+				   .reason = reason,
+				   .inode = km_link_inode(f->fd),
+				   .fd = f->fd,
+				   .pid = (uint32_t)km_sys_getpid(),
+				   .state = KM_ROW_KERNEL};
 
-	if (km_sys_fstat(f->fd, &st) < 0 || km_link_addresses(f->fd, &local, &peer) < 0)
+	/* Of a connection that is over nobody asks. */
+	if (row.inode == 0 || km_link_addresses(f->fd, &local, &peer) == -ENOTCONN)
 		return;
-	row = km_conn_new(&none);
-	if (!row)
-		return;
-	row->row.role = f->role;
-	row->row.reason = reason;
-	row->row.inode = (uint64_t)st.st_ino;
-	row->row.fd = f->fd;
-	row->row.pid = (uint32_t)km_sys_getpid();
-	row->row.lport = local.port;
-	row->row.pport = peer.port;
-	memcpy(row->row.laddr, local.ip, 16);
-	memcpy(row->row.paddr, peer.ip, 16);
-	row->row.state = KM_ROW_KERNEL;
-	f->note = row;
+	row.lport = local.port;
+	row.pport = peer.port;
+	memcpy(row.laddr, local.ip, 16);
+	memcpy(row.paddr, peer.ip, 16);
+	f->note = km_conn_note(&row);
 }
 
 void km_stay(struct km_file *f, enum km_reason reason)

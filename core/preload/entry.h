@@ -43,6 +43,8 @@ KM_INLINE ssize_t km_result(ssize_t n)
 				km_plain_end(&plain, direction, n);                    \
 				return n;                                              \
 			}                                                              \
+			if (km_unlikely(km_stream_ended(f)))                           \
+				return real;                                           \
 			n = ring;                                                      \
 			if (km_likely(n != KM_RETRY))                                  \
 				return km_result(n);                                   \

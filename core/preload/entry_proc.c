@@ -2,6 +2,7 @@
 /* fork and system calls by number; vfork is in vfork.S. */
 #include "preload/entry.h"
 
+#include <linux/seccomp.h>
 #include <stdarg.h>
 
 #include "base/fault.h"
@@ -118,6 +119,28 @@ static long sigaction_by_number(int sig, void *act, void *old, long size)
 	return err;
 }
 
+/* A filter is about to be installed.  What it lets through is the program's business, and
+ * one that kills leaves no second try: the connections go back to the kernel before. */
+static void filter_begin(bool strict, const void *filter)
+{
+	if (!km_proc.disabled && !km_thread.bypass && (strict || filter))
+		km_file_all_to_kernel(KM_REASON_SECCOMP);
+}
+
+KM_EXPORT int prctl(int option, ...)
+{
+	unsigned long a[4];
+	va_list args;
+
+	va_start(args, option);
+	for (unsigned i = 0; i < KM_COUNT(a); i++)
+		a[i] = va_arg(args, unsigned long);
+	va_end(args);
+	if (km_unlikely(option == PR_SET_SECCOMP))
+		filter_begin(a[0] == SECCOMP_MODE_STRICT, (void *)a[1]);
+	return KM_REAL(prctl)(option, a[0], a[1], a[2], a[3]);
+}
+
 #define SYS_IO_URING_SETUP 425
 
 /* Programs that know the number rather than the name (libuv closes like this). */
@@ -204,6 +227,13 @@ KM_EXPORT long syscall(long number, ...)
 		return epoll_ctl(FD, (int)b, (int)c, PTR(d));
 	case SYS_rt_sigaction:
 		return sigaction_by_number((int)a, PTR(b), PTR(c), d);
+	case SYS_prctl:
+		return prctl(FD, b, c, d, e);
+	case SYS_seccomp:
+		/* Flags or no filter: a question whether the kernel has the call. */
+		if (a == SECCOMP_SET_MODE_STRICT || a == SECCOMP_SET_MODE_FILTER)
+			filter_begin(a == SECCOMP_SET_MODE_STRICT && b == 0, PTR(c));
+		break;
 	case SYS_IO_URING_SETUP:
 		/* Registrations made through a ring of the kernel's would not be
 		 * seen; programs that ask like this all know life without it. */

@@ -76,10 +76,13 @@ int km_segment_attach(struct km_segment *seg, int fd)
 	if (seals == -EINVAL)
 		return -EPERM; /* not a memfd: it cannot be sealed */
 	if (seals < 0)
-		return seals;
+		return seals == -EPERM ? -EACCES : seals;
 	if ((seals & SEALS) != SEALS || (seals & F_SEAL_WRITE))
 		return -EPERM;
-	if (km_sys_fstat(fd, &st) < 0 || st.st_size < (off_t)KM_WIRE_HEADER ||
+	err = km_sys_fstat(fd, &st);
+	if (err < 0)
+		return err == -EPERM ? -EACCES : err;
+	if (st.st_size < (off_t)KM_WIRE_HEADER ||
 	    st.st_size > (off_t)km_segment_size(RING_SIZE_MAX))
 		return -EPROTO;
 	wire = km_sys_mmap((size_t)st.st_size, 0, fd, &err);

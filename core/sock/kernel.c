@@ -6,6 +6,7 @@
 #include <netinet/in.h>
 #include <string.h>
 
+#include "base/refused.h"
 #include "sock/internal.h"
 
 /* tcpi_state: the states after the peer's FIN.  netinet/tcp.h has these names and
@@ -28,7 +29,7 @@ ssize_t km_kernel_recv(int fd, const struct iovec *iov, int iovcnt, int flags)
 		if (unread <= 0)
 			return km_kernel_poll(fd, POLLIN | POLLRDHUP) ? 0 : -EAGAIN;
 	}
-	return km_sys_recvmsg(fd, &msg, (flags & ~MSG_WAITALL) | MSG_DONTWAIT);
+	return km_recv_now(fd, &msg, flags & ~MSG_WAITALL);
 }
 
 ssize_t km_kernel_send(int fd, const struct iovec *iov, int iovcnt, int flags)
@@ -42,7 +43,7 @@ ssize_t km_kernel_send(int fd, const struct iovec *iov, int iovcnt, int flags)
 		if (km_kernel_poll(fd, 0) & (POLLERR | POLLHUP))
 			return -EPIPE;
 	}
-	return km_sys_sendmsg(fd, &msg, flags | MSG_DONTWAIT);
+	return km_send_now(fd, &msg, flags);
 }
 
 uint32_t km_kernel_poll(int fd, short events)

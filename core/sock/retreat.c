@@ -105,8 +105,9 @@ ssize_t km_tx_resend(struct km_conn *conn, int fd)
 		if (n > 0 && (km_kernel_poll(fd, 0) & (POLLERR | POLLHUP)))
 			n = -EPIPE;
 		if (n > 0)
-			n = km_sys_sendto(fd, from, (size_t)n,
-					  MSG_DONTWAIT | MSG_NOSIGNAL, NULL, 0);
+			n = km_kernel_send(
+				fd, &(struct iovec){(void *)(uintptr_t)from, (size_t)n},
+				1, MSG_NOSIGNAL);
 		if (n == -EAGAIN || n == -EINTR)
 			return -EAGAIN;
 		if (n <= 0) {

@@ -26,6 +26,14 @@ static int cut_tx(struct km_conn *conn, int fd)
 	return 0;
 }
 
+/* This end's stream stays on the kernel. */
+KM_COLD static void stay(struct km_conn *conn)
+{
+	conn->tx_phase = KM_PHASE_ENDED;
+	conn->row.state = KM_ROW_KERNEL;
+	conn->row.reason = KM_REASON_SYSCALL;
+}
+
 /* Does the consumer still take what this end writes?  Asks the kernel now and
  * then when it seems not to. */
 static void check_consumer(struct km_conn *conn, int fd)
@@ -143,9 +151,12 @@ static ssize_t send_once(struct km_file *f, struct km_conn *conn, int fd,
 		case KM_PHASE_KERNEL:
 			/* A send of nothing has no byte to begin with on the ring. */
 			if (may_cut(f, conn) && !peer_stopped(conn) &&
-			    !(flags & MSG_OOB) && km_iov_total(iov, iovcnt) &&
-			    cut_tx(conn, fd) == 0)
+			    !(flags & MSG_OOB) && km_iov_total(iov, iovcnt)) {
+				/* Without the position there is no cut. */
+				if (cut_tx(conn, fd) < 0)
+					stay(conn);
 				continue;
+			}
 			return by_kernel(conn, fd, iov, iovcnt, flags);
 		case KM_PHASE_DRAIN:
 			n = km_tx_resend(conn, fd);

@@ -131,14 +131,6 @@ int km_stream_inq(struct km_file *f, int fd, int *bytes)
 	return err;
 }
 
-bool km_stream_ended(const struct km_file *f)
-{
-	const struct km_conn *conn = f->conn;
-
-	return conn && conn->rx_phase == KM_PHASE_ENDED &&
-	       conn->tx_phase == KM_PHASE_ENDED;
-}
-
 bool km_stream_behind(struct km_file *f, int fd)
 {
 	struct km_side d;

@@ -47,7 +47,14 @@ ssize_t km_splice_out(struct km_file *f, int fd, int pipe, size_t count,
 ssize_t km_splice_in(struct km_file *f, int fd, int pipe, size_t count, unsigned flags);
 
 /* Have both directions gone back to the kernel, for good? */
-bool km_stream_ended(const struct km_file *f);
+KM_INLINE bool km_stream_ended(const struct km_file *f)
+{
+	const struct km_conn *conn = f->conn;
+
+	return km_unlikely(conn && conn->rx_phase == KM_PHASE_ENDED) &&
+	       conn->tx_phase == KM_PHASE_ENDED &&
+	       !(km_load_relaxed(&conn->flags) & KM_CONN_RESET);
+}
 
 /* Are there bytes of the ring still to be read before those of the kernel? */
 bool km_stream_behind(struct km_file *f, int fd);

@@ -4,6 +4,7 @@
 #include <sys/time.h>
 
 #include "base/fault_point.h"
+#include "base/refused.h"
 #include "event/event.h"
 #include "sock/internal.h"
 #include "sock/signals.h"
@@ -115,7 +116,7 @@ static int nap_on_bell(struct km_file *f, struct km_conn *conn, int fd, short ev
 
 	/* With a time limit every signal ends the call. */
 	if (left == INT64_MAX && km_signals_mixed())
-		sigfd = pfds[2].fd = km_signals_wait_begin(&mask);
+		sigfd = pfds[2].fd = km_fd_hide(km_signals_wait_begin(&mask));
 	/* Without a hidden epoll set to be had, look again often. */
 	if (epfd < 0)
 		left = KM_MIN(left, 1000000);
@@ -123,8 +124,10 @@ static int nap_on_bell(struct km_file *f, struct km_conn *conn, int fd, short ev
 	km_bell_arm(f->bell);
 	if (!has_news(conn)) {
 		km_count(KM_COUNT_BELL_SLEEPS);
-		err = (int)KM_SYS(ppoll, pfds, 3, left == INT64_MAX ? NULL : &ts,
-				  sigfd < 0 ? NULL : &mask, KM_SIGSET_SIZE, 0);
+		err = km_ppoll(pfds, 3, left == INT64_MAX ? NULL : &ts,
+			       sigfd < 0 ? NULL : &mask);
+		if (km_unlikely(km_refused(err)))
+			km_doze();
 	}
 	if (err > 0 && pfds[0].revents == 0 && pfds[1].revents && !has_news(conn))
 		err = km_idle_wake(&f->bell, 1,
@@ -134,7 +137,7 @@ static int nap_on_bell(struct km_file *f, struct km_conn *conn, int fd, short ev
 	else if (err > 0)
 		km_useful_wake();
 	if (sigfd >= 0)
-		km_sys_close(sigfd);
+		km_fd_unhide(sigfd);
 	km_bell_disarm(f->bell);
 	if (err > 0) {
 		if (pfds[1].revents)

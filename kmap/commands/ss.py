@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
@@ -90,6 +90,24 @@ def add_parser(subparsers: SubParsers) -> None:
     )
 
 
+class _Namespace:
+    """The sockets of a network namespace, by what they are looked up by."""
+
+    def __init__(self, sockets: Sequence[TcpSocket]) -> None:
+        self.connected: dict[tuple[Endpoint, Endpoint], TcpSocket] = {}
+        self.by_peer: dict[Endpoint, list[TcpSocket]] = {}
+        self.by_local: dict[Endpoint, list[TcpSocket]] = {}
+        self.listeners: dict[int, list[TcpSocket]] = {}
+        self.addresses = {tcp.local.address for tcp in sockets}
+        for tcp in sockets:
+            if tcp.connected:
+                self.connected[tcp.local, tcp.peer] = tcp
+                self.by_peer.setdefault(tcp.peer, []).append(tcp)
+                self.by_local.setdefault(tcp.local, []).append(tcp)
+            elif tcp.state == procfs.LISTEN:
+                self.listeners.setdefault(tcp.local.port, []).append(tcp)
+
+
 class _View:
     """One look at the host."""
 
@@ -101,7 +119,7 @@ class _View:
                 self.holders.setdefault(inode, []).append(process)
         # Sockets by network namespace: the addresses of two namespaces overlap.
         self.sockets: dict[int, dict[int, TcpSocket]] = {}
-        self._peers: dict[int, dict[tuple[Endpoint, Endpoint], TcpSocket]] = {}
+        self._namespaces: dict[int, _Namespace] = {}
         for process in processes:
             if not process.has_library or process.network in self.sockets:
                 continue
@@ -110,42 +128,39 @@ class _View:
                 continue
             # A connection that waits to be accepted has no inode yet.
             self.sockets[process.network] = {tcp.inode: tcp for tcp in found}
-            self._peers[process.network] = {
-                (tcp.local, tcp.peer): tcp for tcp in found if tcp.connected
-            }
+            self._namespaces[process.network] = _Namespace(found)
 
     def socket(self, process: Process, inode: int) -> TcpSocket | None:
         return self.sockets.get(process.network, {}).get(inode)
 
     def peer_of(self, process: Process, tcp: TcpSocket) -> TcpSocket | None:
         """The socket at the other end, if it is in the same network namespace."""
-        peers = self._peers.get(process.network, {})
-        if found := peers.get((tcp.peer, tcp.local)):
+        namespace = self._namespaces.get(process.network)
+        if namespace is None:
+            return None
+        if found := namespace.connected.get((tcp.peer, tcp.local)):
             return found
         # A redirected connection has other addresses at its acceptor, which still
         # has ours as its peer; and the mirror image of that at the connector.
-        matches = [f for f in peers.values() if f.peer == tcp.local and f is not tcp]
+        matches = [f for f in namespace.by_peer.get(tcp.local, ()) if f is not tcp]
         matches = matches or [
             f
-            for f in peers.values()
-            if f.local == tcp.peer and f is not tcp and f.state == procfs.ESTABLISHED
+            for f in namespace.by_local.get(tcp.peer, ())
+            if f is not tcp and f.state == procfs.ESTABLISHED
         ]
         return matches[0] if len(matches) == 1 else None
 
     def is_host_address(self, process: Process, endpoint: Endpoint) -> bool:
         """Whether a socket of the namespace uses the address as its own."""
-        return endpoint.address.is_loopback or any(
-            found.local.address == endpoint.address
-            for found in self.sockets.get(process.network, {}).values()
+        namespace = self._namespaces.get(process.network)
+        return endpoint.address.is_loopback or (
+            namespace is not None and endpoint.address in namespace.addresses
         )
 
     def listeners(self, process: Process, port: int) -> list[TcpSocket]:
         """The sockets of the namespace that listen on the port."""
-        return [
-            found
-            for found in self.sockets.get(process.network, {}).values()
-            if found.state == procfs.LISTEN and found.local.port == port
-        ]
+        namespace = self._namespaces.get(process.network)
+        return namespace.listeners.get(port, []) if namespace is not None else []
 
     def role(self, process: Process, tcp: TcpSocket) -> str:
         """An end whose local port is being listened on was accepted.
@@ -225,6 +240,8 @@ def _infer_reason(view: _View, process: Process, tcp: TcpSocket) -> str:
     """Why a connection without a row is on the kernel."""
     if process.disabled:
         return "disabled"
+    if process.cannot_hide and not process.statistics:
+        return "budget-fd"
     peer = view.peer_of(process, tcp)
     if peer is None:
         local = view.is_host_address(process, tcp.peer)
