@@ -20,6 +20,8 @@ Spawn = Callable[..., "subprocess.Popen[str]"]
 PROGRAM = Path(__file__).parent / "programs" / "crowd.py"
 # Beside one for each connection.
 SPARE_DESCRIPTORS = 100
+# After the last answer a process is asleep within this time.
+SETTLE_S = 10.0
 # Round trips until both ends of a connection are on the ring.
 TURNS = 5
 
@@ -111,7 +113,15 @@ class Crowd:
 
     def idle(self, seconds: float) -> Activity:
         """What both do when nobody asks them for anything."""
+        deadline = time.monotonic() + SETTLE_S
         before = [activity(pid) for pid in self.pids]
+        # Each has yet to fall asleep after its last answer.
+        while True:
+            time.sleep(SETTLE_S / 100)
+            now = [activity(pid) for pid in self.pids]
+            if now == before or time.monotonic() > deadline:
+                break
+            before = now
         time.sleep(seconds)
         after = [activity(pid) for pid in self.pids]
         return Activity(

@@ -72,7 +72,7 @@ def test_all_numbers_below_the_soft_limit(
     assert len(kernel["files"]) > soft - 16
     if order != "nothing" and soft >= 32:
         assert states["old"] == {("ring", "")}
-    # Made when all numbers were taken: what an upgrade opens would have none.
+    # Used when few numbers were left: what an upgrade opens would take the last.
     assert states["new"] == {("kernel", "budget-fd")}
     if soft >= 32:
         assert states["newest"] == {("ring", "")}

@@ -4,7 +4,8 @@
 It has both ends of its connections.  ORDER is what it does before it opens all that it
 can: nothing; "used", makes a connection and uses it; "lowered", the same under a higher
 limit, which it lowers then; "threads", as used, with a thread asleep in poll on it.
-Afterwards it gives some back, makes another connection with them and uses both.
+Afterwards it gives a few back, makes another connection with them and uses it, takes
+the rest again, and does the same with all of them.
 
 Prints what it got as JSON, and the inode of each connection's ends, then waits for its
 standard input to end.
@@ -22,7 +23,9 @@ import sys
 import threading
 from collections.abc import Callable
 
-LISTENER, ROUNDS = 3, 6
+ROUNDS = 6
+# Numbers that it gives back; a connection takes two of them.
+FEW = 6
 # Of poll and ppoll, on x86-64 and arm64.
 POLL_NUMBERS = {"7", "271", "73"}
 Ends = tuple[socket.socket, socket.socket]
@@ -102,13 +105,14 @@ def main() -> None:
         thread.join()
         assert old[1].recv(1) == b"x"
     talk(old)
-    for fd in files[-2:]:
+    for fd in files[-FEW:]:
         os.close(fd)
     new = connect(listener)
-    assert fill(open_file) == []
+    talk(new)
+    files[-FEW:] = fill(open_file)
     talk(old)
     talk(new)
-    for fd in files[:-2]:
+    for fd in files:
         os.close(fd)
     sockets = fill(open_socket)
     for fd in sockets:
