@@ -25,6 +25,7 @@ CHANNEL_FDS = 5
 
 LIBRARY_NAME = "libkmap.so"
 PRELOAD_NAME = "libkmap_preload.so"
+BENCH_NAME = "kmap-bench"
 
 ChannelPointer = ctypes.c_void_p
 ChannelFds = ctypes.c_int * CHANNEL_FDS
@@ -182,6 +183,11 @@ def library_path() -> Path:
 def preload_path() -> Path:
     """Where libkmap_preload.so is; raises CannotRun when it is not installed."""
     return _library_path(PRELOAD_NAME)
+
+
+def bench_path() -> Path:
+    """Where kmap-bench is; raises CannotRun when it is not installed."""
+    return _library_path(BENCH_NAME)
 
 
 @functools.cache

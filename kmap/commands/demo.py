@@ -4,23 +4,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import signal
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
 
 from kmap.demo import cpu, figures, programs, session
 from kmap.demo.figures import DemoResult
 from kmap.demo.rig import Setup
 from kmap.demo.wrk import LOADS
+from kmap.progress import orderly_end, progress_bar
 from kmap.results import SubParsers, UsageError, command_parser
 
 _SETUPS = {setup.value: setup for setup in Setup}
@@ -102,47 +95,6 @@ def _names(text: str, known: dict[str, object], option: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-class _Ended(SystemExit):
-    """SIGTERM or SIGHUP came: leave in order, so that no child stays."""
-
-
-@contextlib.contextmanager
-def _orderly_end() -> Iterator[None]:
-    def end(number: int, frame: FrameType | None) -> None:
-        raise _Ended(128 + number)
-
-    caught = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, end) for number in caught}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _progress(steps: int) -> Iterator[session.Progress]:
-    console = Console(stderr=True)
-    with Bar(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task("", total=steps)
-
-        def step(text: str | None) -> None:
-            if text is None:
-                bar.advance(task)
-            else:
-                bar.update(task, description=text)
-
-        yield step
-
-
 def _write(result: DemoResult, directory: Path) -> DemoResult:
     directory.mkdir(parents=True, exist_ok=True)
     files = (directory / "demo.json", directory / "demo.md")
@@ -172,8 +124,8 @@ def run(args: argparse.Namespace) -> DemoResult:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"--out {args.out}: {error.strerror}") from error
-    with _orderly_end(), tempfile.TemporaryDirectory(prefix="kmap-demo-") as directory:
-        with _progress(plan.steps) as progress:
+    with orderly_end(), tempfile.TemporaryDirectory(prefix="kmap-demo-") as directory:
+        with progress_bar(plan.steps) as progress:
             result = session.run(found, plan, Path(directory), progress)
     if args.out is not None:
         result = _write(result, args.out)

@@ -54,6 +54,10 @@ struct usage {
 /* What the three processes share. */
 struct shared {
 	km_a32 phase;
+	/* Of the workload line; each on a cache line of its own. */
+	_Alignas(64) km_a32 ping;
+	_Alignas(64) km_a32 pong;
+	_Alignas(64) km_a32 over;
 	uint16_t port;
 	char name[32]; /* of the Unix listener, in the abstract namespace */
 	uint32_t name_len;
@@ -133,7 +137,9 @@ void stream(enum side side);
 void fanin(enum side side);
 void churn(enum side side);
 void idle(enum side side);
+void line(enum side side);
+void copy(enum side side);
 /* Uses the CPU until the parent ends; idle_class leaves it to everybody else. */
-_Noreturn void hog(bool idle_class);
+_Noreturn void hog(bool idle_class, int cpu);
 
 #endif

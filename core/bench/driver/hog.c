@@ -7,9 +7,16 @@
 
 #include "bench.h"
 
-void hog(bool idle_class)
+void hog(bool idle_class, int cpu)
 {
 	struct sched_param none = {0};
+	cpu_set_t cpus;
+
+	if (cpu >= 0) {
+		CPU_ZERO(&cpus);
+		CPU_SET(cpu, &cpus);
+		CHECK(sched_setaffinity(0, sizeof(cpus), &cpus) == 0);
+	}
 
 	CHECK(prctl(PR_SET_PDEATHSIG, SIGKILL) == 0);
 	if (idle_class)

@@ -32,8 +32,8 @@ static const struct {
 	const char *name;
 	void (*run)(enum side side);
 } workloads[] = {
-	{"pingpong", pingpong}, {"stream", stream}, {"fanin", fanin},
-	{"churn", churn},	{"idle", idle},
+	{"pingpong", pingpong}, {"stream", stream}, {"fanin", fanin}, {"churn", churn},
+	{"idle", idle},		{"line", line},	    {"copy", copy},
 };
 static const char *const modes[] = {"blocking", "epoll", "edge", "busy"};
 static const char *const transports[] = {"tcp", "unix", "pipe", "fifo", "ring"};
@@ -42,8 +42,9 @@ static const char usage[] =
 	"usage: kmap-bench WORKLOAD [OPTION...]\n"
 	"\n"
 	"Measures one transport between two processes; prints one line of JSON.\n"
-	"Workloads: pingpong, stream, fanin, churn, idle; and hog, spin, which use a "
-	"CPU.\n"
+	"Workloads: pingpong, stream, fanin, churn, idle; line and copy, which "
+	"measure\n"
+	"the machine; hog [CPU] and spin [CPU], which use one.\n"
 	"\n"
 	"  --transport NAME   tcp, unix, pipe, fifo, or ring (libkmap's channel)\n"
 	"  --library PATH     libkmap.so, for ring\n"
@@ -196,7 +197,7 @@ static void (*parse(int argc, char **argv))(enum side side)
 	}
 	options.workload = argv[1];
 	if (strcmp(argv[1], "hog") == 0 || strcmp(argv[1], "spin") == 0)
-		hog(argv[1][0] == 's');
+		hog(argv[1][0] == 's', argc > 2 ? (int)number(argv[2], 0, 1023) : -1);
 	for (size_t i = 0; i < COUNT(workloads); i++)
 		names[i] = workloads[i].name;
 	found = one_of(argv[1], names, COUNT(names), "workload");

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine: its facts, who else uses it, and cgroups with a quota."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kmap.results import CannotRun
+
+_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+_PERIOD_US = 100_000
+
+
+def facts() -> dict[str, str]:
+    """What figures depend on."""
+    found = {
+        "kernel": platform.release(),
+        "architecture": platform.machine(),
+        "libc": " ".join(platform.libc_ver()),
+        "cpus": str(len(os.sched_getaffinity(0))),
+    }
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text()
+        if model := re.search(r"^model name\s*: (.*)$", text, re.MULTILINE):
+            found["cpu"] = model[1]
+        found["virtual"] = str(" hypervisor" in text).lower()
+    with contextlib.suppress(OSError):
+        path = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+        found["tcp_congestion_control"] = path.read_text().strip()
+    return found
+
+
+@dataclass(frozen=True)
+class HostTime:
+    """Seconds of some CPUs since boot."""
+
+    busy: float
+    steal: float
+    total: float
+
+    @classmethod
+    def read(cls, cpus: Iterable[int]) -> HostTime:
+        """The times now."""
+        wanted = {f"cpu{cpu}" for cpu in cpus}
+        busy = steal = total = 0
+        with open("/proc/stat") as file:
+            for line in file:
+                name, *fields = line.split()
+                if name in wanted:
+                    ticks = [int(field) for field in fields[:8]]
+                    steal += ticks[7]
+                    total += sum(ticks)
+                    # Neither idle, nor waiting for a disk, nor somebody else's.
+                    busy += sum(ticks) - ticks[3] - ticks[4] - ticks[7]
+        return cls(busy * _TICK_S, steal * _TICK_S, total * _TICK_S)
+
+    def __sub__(self, before: HostTime) -> HostTime:
+        return HostTime(
+            self.busy - before.busy,
+            self.steal - before.steal,
+            self.total - before.total,
+        )
+
+
+def process_cpu_s(pids: Iterable[int]) -> float:
+    """User and system time of processes that are alive."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            total += int(Path(f"/proc/{pid}/schedstat").read_text().split()[0])
+    return total / 1e9
+
+
+def tree_cpu_s(pids: Iterable[int]) -> float:
+    """The same with the children that they have waited for, in clock ticks."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            text = Path(f"/proc/{pid}/stat").read_text()
+            total += sum(map(int, text.rpartition(")")[2].split()[11:15]))
+    return total * _TICK_S
+
+
+def _controllers() -> Iterator[tuple[str, Path]]:
+    """Where cgroups with the CPU controller are: their version and the mount."""
+    with open("/proc/self/mountinfo") as file:
+        for line in file:
+            before, _, after = line.partition(" - ")
+            kind, _, options = after.split()[:3]
+            mount = Path(before.split()[4])
+            if kind == "cgroup" and "cpu" in options.split(","):
+                yield "v1", mount
+            elif kind == "cgroup2":
+                with contextlib.suppress(OSError):
+                    names = (mount / "cgroup.controllers").read_text().split()
+                    if "cpu" in names:
+                        yield "v2", mount
+
+
+@contextlib.contextmanager
+def quota_of_one_cpu() -> Iterator[Path]:
+    """A new cgroup that may use one CPU; the file that moves a process into it."""
+    found = next(_controllers(), None)
+    if found is None:
+        raise CannotRun(
+            "no cgroup hierarchy with the cpu controller is mounted; mount one, for "
+            "example with: mount -t cgroup2 none /sys/fs/cgroup"
+        )
+    version, mount = found
+    group = mount / f"kmap-bench-{os.getpid()}"
+    try:
+        if version == "v2":
+            (mount / "cgroup.subtree_control").write_text("+cpu")
+        group.mkdir()
+    except OSError as error:
+        raise CannotRun(
+            f"{error.filename or mount}: {error.strerror}: run this as root, where "
+            "cgroups may be made"
+        ) from error
+    try:
+        if version == "v2":
+            (group / "cpu.max").write_text(f"{_PERIOD_US} {_PERIOD_US}")
+        else:
+            (group / "cpu.cfs_period_us").write_text(str(_PERIOD_US))
+            (group / "cpu.cfs_quota_us").write_text(str(_PERIOD_US))
+        yield group / "cgroup.procs"
+    except OSError as error:
+        raise CannotRun(
+            f"{error.filename or group}: {error.strerror}: the quota of a cgroup "
+            "cannot be set here; run this as root outside of a container"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+
+
+def inside(group: Path | None, argv: Sequence[str]) -> list[str]:
+    """The command line that starts argv in a cgroup."""
+    if group is None:
+        return list(argv)
+    return ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group), *argv]

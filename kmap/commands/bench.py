@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kmap bench``: transports and programs, side by side; :mod:`kmap.bench` does it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fnmatch
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from kmap import native
+from kmap.bench import compare, plot
+from kmap.bench.apps import APPS
+from kmap.bench.compare import Comparison
+from kmap.bench.figures import Outcome, Row, Spread
+from kmap.bench.session import BenchResult, Plan, Session
+from kmap.bench.workloads import SETUPS, WORKLOADS
+from kmap.demo import cpu
+from kmap.demo.children import none_left
+from kmap.progress import orderly_end, progress_bar
+from kmap.render import renders
+from kmap.results import Result, SubParsers, UsageError, command_parser
+
+_PAIRS, _SECONDS = 5, 0.5
+_QUICK_PAIRS, _QUICK_SECONDS = 2, 0.1
+
+
+def add_parser(subparsers: SubParsers) -> None:
+    """Adds the parser of this command."""
+    parser = command_parser(
+        subparsers,
+        "bench",
+        run,
+        help="measure Kmap beside TCP, Unix sockets and pipes",
+        description="Measures an ordinary TCP program on the kernel and under Kmap, "
+        "beside Unix sockets,\npipes, named pipes and the bare ring, and then programs "
+        "nobody here wrote.  The\nset-ups take turns; figures are medians with the "
+        "range of all rounds.",
+        epilog="WORKLOAD is a name, the beginning of names up to a dash, or a pattern; "
+        "--list\nshows them.  Exit codes: 1 when a workload failed or, with --compare, "
+        "a figure got\nworse; 77 when no workload can run here.",
+    )
+    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD")
+    parser.add_argument("--list", action="store_true", help="show the workloads")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"{_QUICK_PAIRS} rounds of {_QUICK_SECONDS:g} s",
+    )
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        metavar="N",
+        help=f"rounds in which every set-up has a turn (default {_PAIRS})",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help=f"of one run, some are longer (default {_SECONDS:g})",
+    )
+    parser.add_argument(
+        "--setups",
+        metavar="NAMES",
+        help=f"comma-separated, of {','.join(SETUPS)},kernel (default: all)",
+    )
+    parser.add_argument(
+        "--cpus",
+        metavar="LIST",
+        help="the CPUs to use, such as 0-1 (default: the last two allowed); runs on "
+        "one CPU use the first of these",
+    )
+    parser.add_argument(
+        "--spinner",
+        action="store_true",
+        help="keep idle CPUs from halting: a program of the scheduler's idle class "
+        "runs on each, for all set-ups alike",
+    )
+    parser.add_argument(
+        "--no-calls", action="store_true", help="do not count system calls with strace"
+    )
+    parser.add_argument(
+        "--no-verify", action="store_true", help="leave out the runs that compare bytes"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw it: .svg, .png or .pdf"
+    )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("A", "B"),
+        help="measure nothing; say what differs between two files from --json",
+    )
+
+
+def _chosen(words: Sequence[str]) -> list[str]:
+    names = [*WORKLOADS, *APPS]
+    chosen: list[str] = []
+    for word in words:
+        found = [
+            name
+            for name in names
+            if name == word
+            or name.startswith(f"{word}-")
+            or fnmatch.fnmatch(name, word)
+        ]
+        if word == "apps":
+            found = list(APPS)
+        if not found:
+            raise UsageError(f"there is no workload {word}; --list shows them")
+        chosen += found
+    return list(dict.fromkeys(chosen or names))
+
+
+def _setups(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    names = tuple(name for name in text.split(",") if name)
+    unknown = [name for name in names if name not in SETUPS and name != "kernel"]
+    if unknown or not names:
+        raise UsageError(
+            f"--setups {text}: there are {', '.join(SETUPS)}, and kernel for programs"
+        )
+    return names
+
+
+def _cpus(text: str | None) -> tuple[int, ...]:
+    if text is None:
+        # Interrupts tend to be served on the first.
+        return tuple(sorted(os.sched_getaffinity(0), reverse=True)[:2])
+    chosen = cpu.parse_cpus(text)
+    if chosen is None:
+        raise UsageError("--cpus all: name one CPU or two")
+    return tuple(sorted(chosen, reverse=True)[:2])
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """The workloads there are."""
+
+    titles: dict[str, str]
+    exit_code: int = 0
+
+    def to_json(self) -> dict[str, object]:
+        """One document."""
+        return {"schema": "kmap.bench.list/1", "ok": True, "workloads": self.titles}
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    chosen = _chosen(args.workloads)
+    pairs = args.pairs or (_QUICK_PAIRS if args.quick else _PAIRS)
+    seconds = args.seconds or (_QUICK_SECONDS if args.quick else _SECONDS)
+    if pairs < 1 or seconds <= 0:
+        raise UsageError("--pairs is at least 1 and --seconds more than 0")
+    setups = _setups(args.setups)
+    return Plan(
+        workloads=tuple(WORKLOADS[name] for name in chosen if name in WORKLOADS),
+        apps=tuple(APPS[name] for name in chosen if name in APPS),
+        pairs=pairs,
+        seconds=seconds,
+        setups=setups,
+        cpus=_cpus(args.cpus),
+        spinner=args.spinner,
+        calls=not args.no_calls,
+        verify=not args.no_verify,
+    )
+
+
+def run(args: argparse.Namespace) -> Result:
+    """Measures everything, or compares two results."""
+    if args.compare is not None:
+        return compare.compare(*args.compare)
+    if args.list:
+        titles = {w.name: w.title for w in WORKLOADS.values()}
+        return Listing({**titles, **{app.name: app.title for app in APPS.values()}})
+    plan = _plan(args)
+    if args.plot is not None:
+        plot.check(args.plot)
+    # Found out before anything is started.
+    native.preload_path()
+    native.bench_path()
+    with orderly_end(), none_left(), progress_bar(plan.steps) as progress:
+        result = Session(plan, progress).run()
+    if args.plot is not None:
+        plot.draw(result.outcomes, args.plot)
+        result = dataclasses.replace(result, files=(str(args.plot),))
+    return result
+
+
+def _number(value: float) -> str:
+    if value == 0:
+        return "0"
+    if abs(value) >= 1e9:
+        return f"{value / 1e9:.2f} G"
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:.2f} M"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def _cell(spread: Spread | None) -> str:
+    if spread is None:
+        return ""
+    return f"{_number(spread.median)} ({_number(spread.low)}-{_number(spread.high)})"
+
+
+_COLUMNS = {
+    "pingpong": ("p50_us", "p99_us", "cpu_us_per_message"),
+    "stream": ("bytes_per_s", "cpu_s_per_gb", "wakeups_per_mb"),
+    "idle": ("cpu_s", "sleeps"),
+    "": ("messages_per_s", "p50_us", "p99_us", "cpu_us_per_message"),
+}
+_HEADINGS = {
+    "p50_us": "p50 us",
+    "p99_us": "p99 us",
+    "cpu_us_per_message": "CPU us/message",
+    "bytes_per_s": "bytes/s",
+    "cpu_s_per_gb": "CPU s/GB",
+    "wakeups_per_mb": "wake-ups/MB",
+    "messages_per_s": "messages/s",
+    "cpu_s": "CPU s",
+    "sleeps": "wake-ups",
+}
+
+
+def columns(outcome: Outcome) -> tuple[str, ...]:
+    """The metrics that a workload is about; the ratio is of the last but tails."""
+    kind = outcome.workload.split("-")[0]
+    names = _COLUMNS.get(kind, _COLUMNS[""])
+    if kind == "iperf3":
+        names = _COLUMNS["stream"]
+    return tuple(
+        name for name in names if any(name in row.metrics for row in outcome.rows)
+    )
+
+
+def ratio_metric(outcome: Outcome) -> str:
+    """What the last column compares."""
+    kind = outcome.workload.split("-")[0]
+    if kind in ("stream", "iperf3"):
+        return "cpu_s_per_gb"
+    return "p50_us" if kind == "pingpong" else "cpu_us_per_message"
+
+
+def _calls(row: Row) -> str:
+    return "" if row.calls is None else _number(round(row.calls.per_message, 3))
+
+
+def _outcome_table(outcome: Outcome) -> Table:
+    names = columns(outcome)
+    caption = [f"{name} {version}" for name, version in outcome.versions.items()]
+    if outcome.discarded:
+        caption.append(f"{outcome.discarded} rounds discarded for steal time")
+    if outcome.foreign > 0.1:
+        caption.append(f"other programs used {outcome.foreign:.0%} of these CPUs")
+    table = Table(
+        title=f"{outcome.workload}: {outcome.title}",
+        title_justify="left",
+        caption="; ".join(caption) or None,
+        caption_justify="left",
+        box=None,
+    )
+    table.add_column("set-up")
+    for name in names:
+        table.add_column(_HEADINGS[name], justify="right")
+    table.add_column("calls/message", justify="right")
+    base = outcome.rows[0].setup
+    compared = ratio_metric(outcome)
+    table.add_column(f"{_HEADINGS[compared]} / {base}", justify="right")
+    for row in outcome.rows:
+        table.add_row(
+            row.setup,
+            *(_cell(row.metrics.get(name)) for name in names),
+            _calls(row),
+            _cell(row.ratios.get(compared)),
+        )
+    return table
+
+
+@renders(BenchResult)
+def _render(result: BenchResult, console: Console) -> None:
+    facts = ", ".join(f"{name} {value}" for name, value in result.facts.items())
+    console.print(facts, markup=False)
+    bounds = ", ".join(f"{k} {_number(v)}" for k, v in result.bounds.items())
+    console.print(
+        f"{result.pairs} rounds of {result.seconds:g} s, CPUs "
+        f"{','.join(map(str, result.cpus))}, load average {result.load_average:.1f}, "
+        f"idle CPUs {'kept awake' if result.spinner else 'may halt'}; {bounds}",
+        markup=False,
+    )
+    for outcome in result.outcomes:
+        console.print()
+        if outcome.cannot_run:
+            text = f"{outcome.workload}: cannot run here: {outcome.cannot_run}"
+            console.print(text, markup=False)
+        elif outcome.rows:
+            console.print(_outcome_table(outcome))
+    if result.calls_note:
+        console.print(f"System calls: {result.calls_note}", markup=False)
+    if result.goals:
+        table = Table(title="goals", title_justify="left", box=None)
+        for heading in ("goal", "measured", "limit", "", "worse"):
+            table.add_column(heading)
+        for goal in result.goals:
+            table.add_row(
+                goal.text,
+                _number(goal.value or 0),
+                f"{goal.relation} {_number(goal.limit)}",
+                "reached" if goal.reached else "missed",
+                goal.note,
+            )
+        console.print()
+        console.print(table)
+    for problem in result.problems:
+        console.print(f"FAILED {problem}", markup=False, soft_wrap=True)
+    for file in result.files:
+        console.print(f"wrote {file}", markup=False)
+
+
+@renders(Comparison)
+def _render_comparison(result: Comparison, console: Console) -> None:
+    table = Table(
+        title=f"{result.files[0]} and {result.files[1]}",
+        title_justify="left",
+        box=None,
+    )
+    for heading in ("workload", "set-up", "figure"):
+        table.add_column(heading)
+    for heading in ("before", "after", "ratio"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for change in result.changes:
+        table.add_row(
+            change.workload,
+            change.setup,
+            change.metric,
+            _cell(change.before),
+            _cell(change.after),
+            "" if change.ratio is None else f"{change.ratio:.2f}",
+            change.verdict,
+        )
+    if result.changes:
+        console.print(table)
+    console.print(f"{result.same} figures are the same within their ranges")
+    for each in result.only:
+        console.print(f"only in one: {each}", markup=False)
+
+
+@renders(Listing)
+def _render_listing(result: Listing, console: Console) -> None:
+    table = Table(box=None, show_header=False)
+    for name, title in result.titles.items():
+        table.add_row(name, title)
+    console.print(table)
