@@ -17,8 +17,18 @@ from kmap import native
 from kmap.bench import compare, plot
 from kmap.bench.apps import APPS
 from kmap.bench.compare import Comparison
-from kmap.bench.figures import Outcome, Row, Spread
+from kmap.bench.figures import Outcome
 from kmap.bench.session import BenchResult, Plan, Session
+from kmap.bench.tables import (
+    HEADINGS,
+    calls,
+    cell,
+    columns,
+    markdown,
+    notes,
+    number,
+    ratio_metric,
+)
 from kmap.bench.workloads import SETUPS, WORKLOADS
 from kmap.demo import cpu
 from kmap.demo.children import none_left
@@ -89,6 +99,9 @@ def add_parser(subparsers: SubParsers) -> None:
     )
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw it: .svg, .png or .pdf"
+    )
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write the tables there"
     )
     parser.add_argument(
         "--compare",
@@ -182,6 +195,9 @@ def run(args: argparse.Namespace) -> Result:
     plan = _plan(args)
     if args.plot is not None:
         plot.check(args.plot)
+    if args.markdown is not None and not args.markdown.absolute().parent.is_dir():
+        directory = args.markdown.absolute().parent
+        raise UsageError(f"--markdown {args.markdown}: {directory} does not exist")
     # Found out before anything is started.
     native.preload_path()
     native.bench_path()
@@ -189,97 +205,34 @@ def run(args: argparse.Namespace) -> Result:
         result = Session(plan, progress).run()
     if args.plot is not None:
         plot.draw(result.outcomes, args.plot)
-        result = dataclasses.replace(result, files=(str(args.plot),))
-    return result
-
-
-def _number(value: float) -> str:
-    if value == 0:
-        return "0"
-    if abs(value) >= 1e9:
-        return f"{value / 1e9:.2f} G"
-    if abs(value) >= 1e6:
-        return f"{value / 1e6:.2f} M"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
-
-
-def _cell(spread: Spread | None) -> str:
-    if spread is None:
-        return ""
-    return f"{_number(spread.median)} ({_number(spread.low)}-{_number(spread.high)})"
-
-
-_COLUMNS = {
-    "pingpong": ("p50_us", "p99_us", "cpu_us_per_message"),
-    "stream": ("bytes_per_s", "cpu_s_per_gb", "wakeups_per_mb"),
-    "idle": ("cpu_s", "sleeps"),
-    "": ("messages_per_s", "p50_us", "p99_us", "cpu_us_per_message"),
-}
-_HEADINGS = {
-    "p50_us": "p50 us",
-    "p99_us": "p99 us",
-    "cpu_us_per_message": "CPU us/message",
-    "bytes_per_s": "bytes/s",
-    "cpu_s_per_gb": "CPU s/GB",
-    "wakeups_per_mb": "wake-ups/MB",
-    "messages_per_s": "messages/s",
-    "cpu_s": "CPU s",
-    "sleeps": "wake-ups",
-}
-
-
-def columns(outcome: Outcome) -> tuple[str, ...]:
-    """The metrics that a workload is about; the ratio is of the last but tails."""
-    kind = outcome.workload.split("-")[0]
-    names = _COLUMNS.get(kind, _COLUMNS[""])
-    if kind == "iperf3":
-        names = _COLUMNS["stream"]
-    return tuple(
-        name for name in names if any(name in row.metrics for row in outcome.rows)
-    )
-
-
-def ratio_metric(outcome: Outcome) -> str:
-    """What the last column compares."""
-    kind = outcome.workload.split("-")[0]
-    if kind in ("stream", "iperf3"):
-        return "cpu_s_per_gb"
-    return "p50_us" if kind == "pingpong" else "cpu_us_per_message"
-
-
-def _calls(row: Row) -> str:
-    return "" if row.calls is None else _number(round(row.calls.per_message, 3))
+    if args.markdown is not None:
+        args.markdown.write_text(markdown(result.outcomes, result.goals))
+    files = tuple(str(file) for file in (args.plot, args.markdown) if file is not None)
+    return dataclasses.replace(result, files=files)
 
 
 def _outcome_table(outcome: Outcome) -> Table:
     names = columns(outcome)
-    caption = [f"{name} {version}" for name, version in outcome.versions.items()]
-    if outcome.discarded:
-        caption.append(f"{outcome.discarded} rounds discarded for steal time")
-    if outcome.foreign > 0.1:
-        caption.append(f"other programs used {outcome.foreign:.0%} of these CPUs")
     table = Table(
         title=f"{outcome.workload}: {outcome.title}",
         title_justify="left",
-        caption="; ".join(caption) or None,
+        caption="; ".join(notes(outcome)) or None,
         caption_justify="left",
         box=None,
     )
     table.add_column("set-up")
     for name in names:
-        table.add_column(_HEADINGS[name], justify="right")
+        table.add_column(HEADINGS[name], justify="right")
     table.add_column("calls/message", justify="right")
     base = outcome.rows[0].setup
     compared = ratio_metric(outcome)
-    table.add_column(f"{_HEADINGS[compared]} / {base}", justify="right")
+    table.add_column(f"{HEADINGS[compared]} / {base}", justify="right")
     for row in outcome.rows:
         table.add_row(
             row.setup,
-            *(_cell(row.metrics.get(name)) for name in names),
-            _calls(row),
-            _cell(row.ratios.get(compared)),
+            *(cell(row.metrics.get(name)) for name in names),
+            calls(row),
+            cell(row.ratios.get(compared)),
         )
     return table
 
@@ -288,7 +241,7 @@ def _outcome_table(outcome: Outcome) -> Table:
 def _render(result: BenchResult, console: Console) -> None:
     facts = ", ".join(f"{name} {value}" for name, value in result.facts.items())
     console.print(facts, markup=False)
-    bounds = ", ".join(f"{k} {_number(v)}" for k, v in result.bounds.items())
+    bounds = ", ".join(f"{k} {number(v)}" for k, v in result.bounds.items())
     console.print(
         f"{result.pairs} rounds of {result.seconds:g} s, CPUs "
         f"{','.join(map(str, result.cpus))}, load average {result.load_average:.1f}, "
@@ -311,8 +264,8 @@ def _render(result: BenchResult, console: Console) -> None:
         for goal in result.goals:
             table.add_row(
                 goal.text,
-                _number(goal.value or 0),
-                f"{goal.relation} {_number(goal.limit)}",
+                number(goal.value or 0),
+                f"{goal.relation} {number(goal.limit)}",
                 "reached" if goal.reached else "missed",
                 goal.note,
             )
@@ -341,8 +294,8 @@ def _render_comparison(result: Comparison, console: Console) -> None:
             change.workload,
             change.setup,
             change.metric,
-            _cell(change.before),
-            _cell(change.after),
+            cell(change.before),
+            cell(change.after),
             "" if change.ratio is None else f"{change.ratio:.2f}",
             change.verdict,
         )

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from kmap import native
-from kmap.bench import apps, compare, goals, plot, session
+from kmap.bench import apps, compare, goals, plot, session, tables
 from kmap.bench.compare import Comparison
 from kmap.bench.figures import (
     Outcome,
@@ -325,6 +325,15 @@ def test_the_picture_shows_every_workload(measured: Path, tmp_path: Path) -> Non
     # Text is drawn as paths, with what it says in a comment.
     for name in (PINGPONG, STREAM, "kmap", "fifo"):
         assert f"<!-- {name} -->" in text
+
+
+def test_the_tables_are_written(measured: Path) -> None:
+    outcomes = compare.load(measured)
+    text = tables.markdown(outcomes, goals.judge(outcomes, {}))
+    assert f"| `{PINGPONG}` | tcp |" in text
+    rows = [line for line in text.splitlines() if line.startswith("|  | kmap | ")]
+    assert len(rows) == len(outcomes)
+    assert "| 64 B round trip, one CPU, blocking: of TCP | " in text
 
 
 def test_a_picture_is_asked_for_in_a_format_there_is(tmp_path: Path) -> None:
