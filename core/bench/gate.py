@@ -5,6 +5,7 @@ scripts/bench-gate builds what this needs and runs it.  The runs are those of
 core/bench/lockstep.c under Kmap.  Each is made twice, the second time with more
 messages, so that start and upgrade cancel out; what is left is the same in every run on
 one compiler, however busy the machine is.
+Nobody waits in them: what a sleep and a wake-up cost is for kmap bench to say.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from pathlib import Path
 from kmap.bench import driver, machine
 from kmap.bench.driver import Place
 from kmap.bench.figures import Calls
-from kmap.bench.workloads import Workload
+from kmap.bench.workloads import BOUND, Workload
 from kmap.results import CommandFailed
 
 _TIMEOUT_S = 120
@@ -72,7 +72,7 @@ def count(
 
 def per_message(workload: Workload, setup: str, place: Place) -> Calls | None:
     """What more messages add; start, connections and warm-up cancel out."""
-    if not workload.traced:
+    if not workload.traced or setup == BOUND:
         return None
     # Few messages of warm-up: they cancel out only as far as the ends meet alike.
     warm = ("--warm", str(min(workload.warm, _WARM)))

@@ -19,7 +19,7 @@ from typing import Any
 from kmap import launch, native, procfs
 from kmap.bench import machine
 from kmap.bench.figures import Sample
-from kmap.bench.workloads import Workload
+from kmap.bench.workloads import BOUND, SETUPS, Workload
 from kmap.demo.ringbytes import Collector
 from kmap.results import CommandFailed
 
@@ -48,18 +48,19 @@ def environments(base: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """The environment of the programs in each set-up."""
     plain = launch.without_kmap(base)
     # Settings such as KMAP_RING_SIZE hold for what is measured under Kmap.
-    found = dict.fromkeys(("tcp", "unix", "pipe", "fifo", "ring", "kernel"), plain)
+    found = dict.fromkeys((*SETUPS, "kernel"), plain)
     return {**found, "kmap": launch.environment(base)}
 
 
 def command(workload: Workload, setup: str, place: Place) -> list[str]:
     """The command line of kmap-bench, without how much it is to do."""
     transport = "tcp" if setup == "kmap" else setup
+    where = ("--server-cpu", str(place.cpus[0]), "--client-cpu", str(place.cpus[1]))
+    if setup == BOUND:
+        return [str(native.bench_path()), "line", *where]
     argv = [
-        str(native.bench_path()),
-        *workload.arguments,
-        *("--transport", transport),
-        *("--server-cpu", str(place.cpus[0]), "--client-cpu", str(place.cpus[1])),
+        *(str(native.bench_path()), *workload.arguments),
+        *("--transport", transport, *where),
     ]
     if setup == "ring":
         argv += ["--library", str(native.library_path())]
@@ -220,6 +221,8 @@ def _hogs(workload: Workload, place: Place) -> Iterator[list[int]]:
 
 def verify(workload: Workload, setup: str, place: Place) -> None:
     """Looks at every byte of a short run; raises CommandFailed when one differs."""
+    if setup == BOUND:
+        return
     argv = [*command(workload, setup, place), "--verify"]
     if workload.kind == "idle":
         # It looks at every byte anyway.
@@ -229,27 +232,15 @@ def verify(workload: Workload, setup: str, place: Place) -> None:
     run(argv, place.environments[setup], place.group, 0)
 
 
-_PRELUDE: dict[str, tuple[str, ...]] = {
-    "line": ("line", "--seconds", "0.3", "--warm", "1000"),
-    "copy-64k": ("copy", "--seconds", "0.2", "--size", str(64 << 10)),
-    "copy-16m": ("copy", "--seconds", "0.2", "--size", str(16 << 20)),
-}
-
-
-def bounds(place: Place) -> dict[str, float]:
-    """What no transport between two processes here can beat."""
+def copying(place: Place) -> dict[str, float]:
+    """Bytes that one CPU copies in a second: what no transport can beat."""
     found = {}
-    where = ("--server-cpu", str(place.cpus[0]), "--client-cpu", str(place.cpus[1]))
-    for name, arguments in _PRELUDE.items():
-        if name == "line" and place.cpus[0] == place.cpus[1]:
-            continue
-        argv = [str(native.bench_path()), *arguments, *where]
-        ran = run(argv, place.environments["kernel"], None, 1)
-        if name == "line":
-            found["cache_line_round_trip_us"] = ran.result["rtt_ns"]["p50"] / 1000
-        else:
-            # By CPU time: others may be using the machine.
-            cpu = ran.result["client"]["cpu_s"]
-            key = f"{name.replace('-', '_')}_bytes_per_cpu_s"
-            found[key] = ran.result["bytes"] / cpu
+    for name, size in (("64k", 64 << 10), ("16m", 16 << 20)):
+        argv = [str(native.bench_path()), "copy", "--size", str(size)]
+        argv += ["--seconds", "0.2", "--client-cpu", str(place.cpus[1])]
+        result = run(argv, place.environments["kernel"], None, 1).result
+        # By CPU time: others may be using the machine.
+        found[f"copy_{name}_bytes_per_cpu_s"] = (
+            result["bytes"] / result["client"]["cpu_s"]
+        )
     return found

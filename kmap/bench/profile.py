@@ -46,7 +46,8 @@ _COPY_KERNEL = re.compile(
     r"copy_(to|from)_(user|iter)|_copy_(to|from)|rep_movs|rep_stos|memcpy|memmove"
     r"|copy_page|skb_copy_datagram|copyin|copyout|csum_partial_copy|copy_user"
 )
-_COPY_USER = re.compile(r"mem(cpy|move)|km_user_copy")
+# km_user_begin is another name of the same address.
+_COPY_USER = re.compile(r"mem(cpy|move)|km_user_(copy|begin)")
 _WAKE = re.compile(
     r"^(__)?schedule|try_to_wake_up|ttwu|futex|eventfd|ep_|__x64_sys_epoll|epoll"
     r"|do_epoll|wake_up|autoremove_wake|sock_def_readable|sock_def_write_space"

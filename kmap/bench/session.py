@@ -284,7 +284,7 @@ class Session:
         with contextlib.ExitStack() as stack:
             if self.plan.spinner:
                 stack.enter_context(driver.companions("spin", self.plan.cpus))
-            bounds = driver.bounds(self.place(min(2, len(self.plan.cpus))))
+            bounds = driver.copying(self.place(min(2, len(self.plan.cpus))))
             for workload in self.plan.workloads:
                 outcomes.append(
                     self._safely(
@@ -305,7 +305,7 @@ class Session:
             facts=machine.facts(),
             bounds=bounds,
             outcomes=tuple(outcomes),
-            goals=tuple(goals.judge(outcomes, bounds)),
+            goals=tuple(goals.judge(outcomes)),
             pairs=self.plan.pairs,
             seconds=self.plan.seconds,
             cpus=self.plan.cpus,

@@ -40,6 +40,7 @@ wrk: main  4712     500250
         ([("_copy_to_iter", KERNEL), ("pipe_read", KERNEL)], "copy"),
         ([("km_user_copy", LIBRARY), ("km_ring_write", LIBRARY)], "copy"),
         ([("__memmove_avx512_unaligned_erms", LIBC)], "copy"),
+        ([("km_user_begin", LIBRARY), ("km_ring_read", LIBRARY)], "copy"),
         ([("_raw_spin_unlock_irqrestore", KERNEL), ("try_to_wake_up", KERNEL),
           ("sock_def_readable", KERNEL), ("tcp_rcv_established", KERNEL)], "wake-up"),
         ([("finish_task_switch.isra.0", KERNEL), ("__schedule", KERNEL)], "wake-up"),
