@@ -22,10 +22,12 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def cell(spread: Spread | None) -> str:
+def cell(spread: Spread | None, *, ranged: bool = True) -> str:
     """The median and the range."""
     if spread is None:
         return ""
+    if not ranged or spread.low == spread.high:
+        return number(spread.median)
     return f"{number(spread.median)} ({number(spread.low)}-{number(spread.high)})"
 
 

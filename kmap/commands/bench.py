@@ -38,6 +38,8 @@ from kmap.results import Result, SubParsers, UsageError, command_parser
 
 _PAIRS, _SECONDS = 5, 0.5
 _QUICK_PAIRS, _QUICK_SECONDS = 2, 0.1
+# Columns of a terminal that has room for ranges.
+_WIDE = 125
 
 
 def add_parser(subparsers: SubParsers) -> None:
@@ -211,7 +213,7 @@ def run(args: argparse.Namespace) -> Result:
     return dataclasses.replace(result, files=files)
 
 
-def _outcome_table(outcome: Outcome) -> Table:
+def _outcome_table(outcome: Outcome, *, ranged: bool) -> Table:
     names = columns(outcome)
     table = Table(
         title=f"{outcome.workload}: {outcome.title}",
@@ -230,7 +232,7 @@ def _outcome_table(outcome: Outcome) -> Table:
     for row in outcome.rows:
         table.add_row(
             row.setup,
-            *(cell(row.metrics.get(name)) for name in names),
+            *(cell(row.metrics.get(name), ranged=ranged) for name in names),
             calls(row),
             cell(row.ratios.get(compared)),
         )
@@ -248,13 +250,15 @@ def _render(result: BenchResult, console: Console) -> None:
         f"idle CPUs {'kept awake' if result.spinner else 'may halt'}; {bounds}",
         markup=False,
     )
+    # On a narrow terminal only the ratio has its range; --json and --markdown have all.
+    wide = console.width >= _WIDE
     for outcome in result.outcomes:
         console.print()
         if outcome.cannot_run:
             text = f"{outcome.workload}: cannot run here: {outcome.cannot_run}"
             console.print(text, markup=False)
         elif outcome.rows:
-            console.print(_outcome_table(outcome))
+            console.print(_outcome_table(outcome, ranged=wide))
     if result.calls_note:
         console.print(f"System calls: {result.calls_note}", markup=False)
     if result.goals:
