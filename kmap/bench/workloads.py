@@ -168,7 +168,7 @@ def _all() -> tuple[Workload, ...]:
         cpus=2,
         size=64,
         connections=1000,
-        warm=40,
+        warm=12,
         traced=0,
         longer=4,
     )
