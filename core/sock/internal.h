@@ -31,6 +31,10 @@ ssize_t km_kernel_recv(int fd, const struct iovec *iov, int iovcnt, int flags);
 ssize_t km_kernel_send(int fd, const struct iovec *iov, int iovcnt, int flags);
 /* revents, 0 when nothing is ready. */
 uint32_t km_kernel_poll(int fd, short events);
+/* Is it not known how many of the ring's bytes came by the kernel behind cut, or did all
+ * of them?  So on a socket that is closed both ways, where a FIN, which counts as a byte,
+ * cannot be told from a reset. */
+bool km_kernel_unsure(int fd, uint64_t cut, uint64_t ring);
 /* Has the stream of fd's peer ended, and not been reset since? */
 bool km_kernel_ended(int fd);
 /* Will conn's ring not be written any more, or never? */

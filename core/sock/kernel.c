@@ -98,6 +98,17 @@ static bool has_fin(const struct tcp_info *info, int fd, uint64_t cut, bool ende
 	}
 }
 
+bool km_kernel_unsure(int fd, uint64_t cut, uint64_t ring)
+{
+	struct tcp_info info;
+	uint64_t beyond;
+
+	if (tcp_info(fd, &info) < 0)
+		return true;
+	beyond = info.tcpi_bytes_received - cut;
+	return info.tcpi_state == TCP_STATE_CLOSE && (beyond > 1 || beyond == ring);
+}
+
 bool km_kernel_ended(int fd)
 {
 	struct tcp_info info;

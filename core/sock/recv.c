@@ -110,6 +110,7 @@ KM_COLD static bool take_rest(struct km_conn *conn, int fd)
 	    (km_load_relaxed(&conn->flags) & KM_CONN_GIVEN) ||
 	    !(km_kernel_poll(fd, POLLRDHUP) & KM_GONE_BITS) ||
 	    km_sys_ioctl(fd, SIOCINQ, &unread) < 0 || unread > 0 ||
+	    km_kernel_unsure(fd, cut, km_load_sync(OBSERVE, &conn->rx.wire->wpos)) ||
 	    km_kernel_taken(fd, cut, false, &taken) < 0 || taken < cut)
 		return false;
 	none.iov_len = taken - cut;
