@@ -71,8 +71,8 @@ static enum km_reason make_table(void)
 		table_fd = km_fd_hide_new(table_file);
 	if (table_fd < 0)
 		return table_fd == -EMFILE || table_fd == -ENFILE ? KM_REASON_BUDGET_FD
-		       : table_fd == -ENOMEM			  ? KM_REASON_BUDGET_MEMORY
-								  : KM_REASON_SYSCALL;
+		       : table_fd == -ENOMEM ? KM_REASON_BUDGET_MEMORY
+					     : KM_REASON_SYSCALL;
 	if (km_sys_ftruncate(table_fd, TABLE_SIZE) < 0)
 		return KM_REASON_SYSCALL;
 	t = km_sys_mmap(TABLE_SIZE, MAP_NORESERVE, table_fd, &err);
