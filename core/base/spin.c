@@ -48,7 +48,8 @@ void km_spin_done(struct km_spin *spin, bool hit)
 
 	km_count(hit ? KM_COUNT_SPIN_HITS : KM_COUNT_SPIN_MISSES);
 	if (hit) {
-		km_store_relaxed(&spin->limit, (uint32_t)km_proc.options.spin_us * 1000);
+		km_store_relaxed(&spin->limit,
+				 (uint32_t)km_proc.options.spin_us * 1000);
 		km_store_relaxed(&spin->pause, 0);
 		return;
 	}

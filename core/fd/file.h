@@ -79,7 +79,7 @@ struct km_conn {
 	uint64_t stale_at;     /* where it stood then */
 	int32_t lowat;	       /* SO_RCVLOWAT */
 	struct km_spin spin_in, spin_out; /* of blocking calls */
-	uint32_t index;	       /* of the row */
+	uint32_t index;			  /* of the row */
 	uint32_t next_free;
 };
 
