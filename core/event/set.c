@@ -1008,11 +1008,21 @@ static int found_at_once(struct km_set *set, int epfd, struct epoll_event *evs, 
 	return found_too(set, evs, n, max);
 }
 
+/* Did peers wake this thread, and nothing that the kernel has to say? */
+static bool only_bells(const struct epoll_event *evs, int n)
+{
+	for (int i = 0; i < n; i++)
+		if (evs[i].data.u64 >> 32 != km_proc.magic ||
+		    !(evs[i].data.u64 & 0x80000000u))
+			return false;
+	return n > 0;
+}
+
 int km_epoll_wait(struct km_set *set, int epfd, struct epoll_event *evs, int max,
 		  int64_t timeout_ns, const sigset_t *mask)
 {
 	int64_t deadline = timeout_ns > 0 ? km_now_ns() + timeout_ns : timeout_ns;
-	bool spun = false;
+	bool spun = false, rung;
 	uint32_t bells;
 	int n, k;
 
@@ -1055,12 +1065,13 @@ int km_epoll_wait(struct km_set *set, int epfd, struct epoll_event *evs, int max
 		disarm_all(set, bells);
 		if (k < 0)
 			return k;
+		rung = only_bells(evs, k);
 		n = found_too(set, evs, km_set_translate(set, evs, k), max);
 		if (n > 0)
 			km_useful_wake();
 		if (n || (k == 0 && timeout_ns >= 0))
 			return n;
-		k = km_idle_wake(set->bell, bells, mask);
+		k = rung ? km_idle_wake(set->bell, bells, mask) : 0;
 		if (k < 0)
 			return k;
 		/* Only events of the library's own, and the time is up. */
