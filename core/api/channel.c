@@ -13,7 +13,12 @@
 
 /* How long a sleeper trusts the futex before it waits on descriptors, where it
  * also sees a peer that died.  Nanoseconds. */
-#define FUTEX_SLICE_NS 5000000
+#ifdef KM_MUTANTS
+extern int64_t km_mutant_slice_ns;
+#define FUTEX_SLICE_NS km_mutant_slice_ns
+#else
+#define FUTEX_SLICE_NS INT64_C(5000000)
+#endif
 
 struct kmap_channel {
 	struct km_segment seg;
@@ -147,7 +152,7 @@ static void wake(kmap_channel *ch, km_a32 *word, int bell)
 {
 	uint32_t flags;
 
-	km_fence_seq();
+	km_fence_sync(CHANNEL_TELL);
 	if (km_likely(km_load_relaxed(word) == 0))
 		return;
 	flags = km_swap_seq(word, 0);
@@ -227,7 +232,7 @@ static int nap(kmap_channel *ch, km_a32 *word, uint32_t flag, int *epfd, int bel
 		return -ETIMEDOUT;
 	if (flag == KM_WAIT_FUTEX) {
 		left = KM_MIN(left, FUTEX_SLICE_NS);
-		ts = (struct timespec){0, left};
+		ts = (struct timespec){left / 1000000000, left % 1000000000};
 		km_add_relaxed(&ch->futex_sleeps, 1);
 		err = km_sys_futex_wait(word, KM_WAIT_FUTEX, &ts);
 		return err == -EINTR ? err : 0;
@@ -245,7 +250,7 @@ static int64_t deadline_of(int timeout_ms)
 /* First sleeps on the futex, and when nothing came on the bell. */
 static uint32_t next_flag(unsigned naps)
 {
-	return naps == 0 ? KM_WAIT_FUTEX : KM_WAIT_EVENT;
+	return naps == 0 && FUTEX_SLICE_NS ? KM_WAIT_FUTEX : KM_WAIT_EVENT;
 }
 
 ssize_t kmap_channel_read(kmap_channel *ch, void *buf, size_t len, int timeout_ms)
@@ -280,11 +285,12 @@ ssize_t kmap_channel_read(kmap_channel *ch, void *buf, size_t len, int timeout_m
 		}
 		if (timeout_ms == 0)
 			return -EAGAIN;
-		km_store_seq(&ring->cons_wait, next_flag(naps));
-		km_fence_seq();
-		if (km_ring_readable(&ch->rx) == 0 &&
-		    !(km_load_sync(FLAGS_SEE, &ring->pflags) &
-		      (KM_P_FIN | KM_P_CLOSED))) {
+		km_store_relaxed(&ring->cons_wait, next_flag(naps));
+		km_fence_sync(CHANNEL_READ);
+		if (!km_look_sync(CHANNEL_READ_LOOK,
+				  km_ring_readable(&ch->rx) != 0 ||
+					  (km_load_sync(FLAGS_SEE, &ring->pflags) &
+					   (KM_P_FIN | KM_P_CLOSED)))) {
 			err = nap(ch, &ring->cons_wait, next_flag(naps), &ch->epfd[0],
 				  bell_fd(ch, rx, true), deadline);
 			if (err < 0)
@@ -317,7 +323,8 @@ ssize_t kmap_channel_write(kmap_channel *ch, const void *buf, size_t len,
 		if (gone || km_load_relaxed(&ch->dead))
 			return -ECONNRESET;
 		n = km_ring_write(&ch->tx, &iov, 1);
-		km_add_relaxed(&ch->grows, ch->tx.level - level);
+		if (km_unlikely(ch->tx.level != level))
+			km_add_relaxed(&ch->grows, ch->tx.level - level);
 		if (n > 0) {
 			wake(ch, &ring->cons_wait, bell_fd(ch, tx, true));
 			return n;
@@ -326,10 +333,13 @@ ssize_t kmap_channel_write(kmap_channel *ch, const void *buf, size_t len,
 			return n;
 		if (timeout_ms == 0)
 			return peer_is_gone(ch) ? -ECONNRESET : -EAGAIN;
-		km_store_seq(&ring->prod_wait, next_flag(naps));
-		km_fence_seq();
-		if (km_ring_writable(&ch->tx) == 0 &&
-		    !(km_load_sync(FLAGS_SEE, &ch->rx.wire->pflags) & KM_P_CLOSED)) {
+		km_store_relaxed(&ring->prod_wait, next_flag(naps));
+		km_fence_sync(CHANNEL_WRITE);
+		if (!km_look_sync(
+			    CHANNEL_WRITE_LOOK,
+			    km_ring_writable(&ch->tx) != 0 ||
+				    (km_load_sync(FLAGS_SEE, &ch->rx.wire->pflags) &
+				     KM_P_CLOSED))) {
 			err = nap(ch, &ring->prod_wait, next_flag(naps), &ch->epfd[1],
 				  bell_fd(ch, tx, false), deadline);
 			if (err < 0)

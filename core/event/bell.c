@@ -189,7 +189,7 @@ void km_bell_drop(struct km_file *f)
 void km_bell_arm(struct km_bell *bell)
 {
 	km_add_seq(&bell->wire->sleep, ((uint64_t)1 << 32) + 1);
-	km_fence_seq();
+	km_fence_sync(ARM);
 	KM_FAULT(WAKE_ARMED);
 }
 
@@ -247,7 +247,7 @@ void km_ask_for_space(struct km_file *f, struct km_conn *conn)
 {
 	km_or_seq(&conn->tx.wire->prod_wait, KM_WAIT_EVENT);
 	km_store_seq(&f->asked, 1);
-	km_fence_seq();
+	km_fence_sync(ASK);
 }
 
 /* What has happened since the bell was last drained; the bell's lock is held. */

@@ -423,7 +423,7 @@ static int poll_loop(struct poll_call *c, int64_t timeout_ns, const sigset_t *ma
 		}
 		if (!listening || c->many_bells)
 			left = KM_MIN(left, 1000000);
-		if (poll_levels(c) == 0) {
+		if (!km_look_sync(POLL_LOOK, poll_levels(c))) {
 			km_count(KM_COUNT_BELL_SLEEPS);
 			err = poll_kernel(c, listening && c->nbells, left, mask);
 		}

@@ -1049,7 +1049,7 @@ int km_epoll_wait(struct km_set *set, int epfd, struct epoll_event *evs, int max
 			continue;
 		}
 		arm_all(set, &bells);
-		n = found_here(set, evs, max);
+		n = km_look_sync(SET_LOOK, true) ? found_here(set, evs, max) : 0;
 		if (n) {
 			disarm_all(set, bells);
 			return n;

@@ -88,9 +88,12 @@ int km_segment_attach(struct km_segment *seg, int fd)
 	wire = km_sys_mmap((size_t)st.st_size, 0, fd, &err);
 	if (!wire)
 		return err;
+	/* The header is complete before the state says so. */
+	if (km_load_sync(ATTACH_SEE, &wire->state) == 0)
+		err = -EPROTO;
 	/* Volatile: the peer may change it between check and use. */
 	ring_size = *(volatile uint32_t *)&wire->ring_size;
-	if (wire->magic != KM_WIRE_MAGIC)
+	if (err < 0 || wire->magic != KM_WIRE_MAGIC)
 		err = -EPROTO;
 	else if (wire->version != KM_WIRE_VERSION)
 		err = -EPROTONOSUPPORT;

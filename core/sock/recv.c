@@ -25,7 +25,7 @@ static uint32_t limit_iov(const struct iovec *iov, int iovcnt, uint64_t limit,
 /* The producer has cut over: how much of its kernel bytes is still to come? */
 static ssize_t start_drain(struct km_conn *conn, int fd)
 {
-	uint64_t cut = km_load_relaxed(&conn->rx.wire->cut), taken;
+	uint64_t cut = km_load_ordered(&conn->rx.wire->cut), taken;
 	uint32_t pflags = km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags);
 	int err;
 
@@ -156,7 +156,7 @@ bool km_rx_begin(struct km_conn *conn)
 {
 	uint32_t seen = 0;
 
-	if (!km_cas_seq(&conn->rx.wire->left, &seen, KM_LEFT_READING) &&
+	if (!km_cas_sync(LEFT, &conn->rx.wire->left, &seen, KM_LEFT_READING) &&
 	    seen == KM_LEFT_TAKEN_BACK) {
 		conn->rx_phase = KM_PHASE_ENDED;
 		return false;
@@ -205,7 +205,7 @@ static ssize_t recv_ring(struct km_file *f, struct km_conn *conn, int fd,
 		return 0;
 	pflags = km_load_sync(FLAGS_SEE, &rx->wire->pflags);
 	if (pflags & KM_P_END) {
-		if (km_load_relaxed(&rx->wire->end) == rx->r)
+		if (km_load_ordered(&rx->wire->end) == rx->r)
 			conn->rx_phase = KM_PHASE_ENDED;
 		/* All that came before the flag is there: an end beyond it is one that
 		 * would be waited for in vain. */
@@ -289,7 +289,7 @@ static bool moved_on(const struct km_conn *conn, enum km_phase before)
 	case KM_PHASE_RING:
 		return conn->rx_phase != before || conn->rx_end == conn->rx.r + 1 ||
 		       ((pflags & KM_P_END) &&
-			km_load_relaxed(&conn->rx.wire->end) == conn->rx.r);
+			km_load_ordered(&conn->rx.wire->end) == conn->rx.r);
 	}
 	return false;
 }
@@ -336,7 +336,7 @@ KM_COLD static ssize_t peek_beyond(struct km_file *f, struct km_conn *conn, int 
 		m = recv_ring(f, conn, fd, rest, left, flags | KM_MSG_MOVED);
 	else if (left && conn->rx_phase == KM_PHASE_RING &&
 		 (km_load_sync(FLAGS_SEE, &wire->pflags) & KM_P_END) &&
-		 km_load_relaxed(&wire->end) == conn->rx.r + (uint64_t)n)
+		 km_load_ordered(&wire->end) == conn->rx.r + (uint64_t)n)
 		m = km_kernel_recv(fd, rest, left, flags | KM_MSG_MOVED);
 	return m > 0 ? n + m : n;
 }
@@ -371,7 +371,7 @@ void km_recv_settle(struct km_conn *conn, int fd)
 	if (conn->rx_phase == KM_PHASE_RING &&
 	    (conn->rx_end == conn->rx.r + 1 ||
 	     ((km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) & KM_P_END) &&
-	      km_load_relaxed(&conn->rx.wire->end) == conn->rx.r)))
+	      km_load_ordered(&conn->rx.wire->end) == conn->rx.r)))
 		conn->rx_phase = KM_PHASE_ENDED;
 }
 

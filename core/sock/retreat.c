@@ -30,8 +30,8 @@ static uint32_t leave(km_a32 *left, uint32_t who)
 {
 	uint32_t seen = 0;
 
-	if (km_cas_seq(left, &seen, who) ||
-	    (seen == KM_LEFT_READING && km_cas_seq(left, &seen, who)))
+	if (km_cas_sync(LEFT, left, &seen, who) ||
+	    (seen == KM_LEFT_READING && km_cas_sync(LEFT, left, &seen, who)))
 		return who;
 	return seen;
 }
@@ -61,7 +61,7 @@ bool km_tx_leave_for_good(struct km_conn *conn, int fd)
 
 	if (conn->tx_phase == KM_PHASE_RING && conn->tx.w &&
 	    km_load_relaxed(&conn->tx.wire->left) == 0 && fits_kernel(conn, fd) &&
-	    km_cas_seq(&conn->tx.wire->left, &nobody, KM_LEFT_TAKEN_BACK)) {
+	    km_cas_sync(LEFT, &conn->tx.wire->left, &nobody, KM_LEFT_TAKEN_BACK)) {
 		conn->tx_resend = 1;
 		conn->tx_phase = KM_PHASE_DRAIN;
 		KM_FAULT(CLOSE_TAKEN);
@@ -76,7 +76,7 @@ bool km_tx_end(struct km_conn *conn)
 	if (!km_tx_leave(conn))
 		return false;
 	if (conn->tx_phase == KM_PHASE_RING) {
-		km_store_relaxed(&wire->end, conn->tx.w);
+		km_store_ordered(&wire->end, conn->tx.w);
 		km_store_sync(FLAGS_SET, &wire->pflags,
 			      km_load_relaxed(&wire->pflags) | KM_P_END);
 	}
@@ -101,6 +101,7 @@ ssize_t km_tx_resend(struct km_conn *conn, int fd)
 
 		if (n < 0)
 			return n;
+		km_claim(from, n);
 		/* An error is for the program's own next call to find. */
 		if (n > 0 && (km_kernel_poll(fd, 0) & (POLLERR | POLLHUP)))
 			n = -EPIPE;
@@ -212,7 +213,7 @@ static int leave_rx(struct km_conn *conn, int fd, bool take)
 	alone = left == KM_LEFT_PRODUCER;
 	/* Pairs with the producer's fence between its publication and its look at
 	 * left: either its bytes are seen here, or it sees that they were not. */
-	km_fence_seq();
+	km_fence_sync(LEAVE);
 	alone = alone || (km_kernel_poll(fd, POLLRDHUP) & KM_GONE_BITS);
 	unread = km_ring_readable(&conn->rx);
 	if (unread < 0)

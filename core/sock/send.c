@@ -17,7 +17,7 @@ static int cut_tx(struct km_conn *conn, int fd)
 	if (err < 0)
 		return err;
 	conn->row.kernel_tx_bytes = sent;
-	km_store_relaxed(&wire->cut, sent);
+	km_store_ordered(&wire->cut, sent);
 	KM_FAULT(CUT_COUNTED);
 	km_store_sync(FLAGS_SET, &wire->pflags,
 		      km_load_relaxed(&wire->pflags) | KM_P_CUT);
@@ -108,7 +108,7 @@ static ssize_t send_ring(struct km_file *f, struct km_conn *conn, int fd,
 		return KM_RETRY;
 	/* Whoever waits for space by events is told when there is some. */
 	km_ask_for_space(f, conn);
-	return km_tx_has_news(conn) ? KM_RETRY : -EAGAIN;
+	return km_look_sync(ASK_LOOK, km_tx_has_news(conn)) ? KM_RETRY : -EAGAIN;
 }
 
 /* Has the handshake come to its end, so that this end may use its ring? */

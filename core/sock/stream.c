@@ -49,7 +49,7 @@ void km_tell_consumer(struct km_file *f, struct km_conn *conn)
 {
 	struct km_wire_ring *wire = conn->tx.wire;
 
-	km_fence_seq();
+	km_fence_sync(TELL_CONSUMER);
 	KM_FAULT(WAKE_CONSUMER);
 	if (km_unlikely(km_load_relaxed(&wire->cons_wait))) {
 		km_swap_seq(&wire->cons_wait, 0);
@@ -67,7 +67,7 @@ void km_tell_producer(struct km_file *f, struct km_conn *conn, bool anyway)
 	struct km_wire_ring *wire = conn->rx.wire;
 	uint32_t flags;
 
-	km_fence_seq();
+	km_fence_sync(TELL_PRODUCER);
 	if (km_likely(km_load_relaxed(&wire->prod_wait) == 0))
 		return;
 	if (!anyway &&

@@ -11,7 +11,12 @@
 
 /* How long a blocking call trusts the futex before it waits on descriptors,
  * where it also sees a peer that died.  Nanoseconds. */
-#define FUTEX_SLICE_NS 5000000
+#ifdef KM_MUTANTS
+extern int64_t km_mutant_slice_ns;
+#define FUTEX_SLICE_NS km_mutant_slice_ns
+#else
+#define FUTEX_SLICE_NS INT64_C(5000000)
+#endif
 
 static void set_deadline(struct km_wait *w, const struct km_conn *conn, int fd,
 			 int option)
@@ -90,12 +95,13 @@ static bool spin(struct km_spin *record, uint32_t peer_cpu, const struct km_conn
 static int nap_on_futex(km_a32 *word, const struct km_conn *conn,
 			bool (*has_news)(const struct km_conn *), int64_t left)
 {
-	struct timespec slice = {0, KM_MIN(left, FUTEX_SLICE_NS)};
+	int64_t ns = KM_MIN(left, FUTEX_SLICE_NS);
+	struct timespec slice = {ns / 1000000000, ns % 1000000000};
 	uint32_t flags = km_or_seq(word, KM_WAIT_FUTEX) | KM_WAIT_FUTEX;
 	int err;
 
-	km_fence_seq();
-	if (has_news(conn))
+	km_fence_sync(NAP);
+	if (km_look_sync(NAP_LOOK, has_news(conn)))
 		return 0;
 	KM_FAULT(WAKE_NAP);
 	km_count(KM_COUNT_FUTEX_SLEEPS);
@@ -122,7 +128,7 @@ static int nap_on_bell(struct km_file *f, struct km_conn *conn, int fd, short ev
 		left = KM_MIN(left, 1000000);
 	ts = (struct timespec){left / 1000000000, left % 1000000000};
 	km_bell_arm(f->bell);
-	if (!has_news(conn)) {
+	if (!km_look_sync(BELL_LOOK, has_news(conn))) {
 		km_count(KM_COUNT_BELL_SLEEPS);
 		err = km_ppoll(pfds, 3, left == INT64_MAX ? NULL : &ts,
 			       sigfd < 0 ? NULL : &mask);

@@ -34,10 +34,38 @@
 		}                                                                      \
 	} while (0)
 
+static inline unsigned unit_number(const char *variable, unsigned otherwise)
+{
+	const char *value = getenv(variable);
+
+	return value ? (unsigned)strtoul(value, NULL, 10) : otherwise;
+}
+
 /* A test that hangs is killed by SIGALRM. */
 static inline void unit_watchdog(void)
 {
-	alarm(60);
+	alarm(unit_number("KMAP_UNIT_WATCHDOG", 60));
+}
+
+/* How often a test repeats what goes wrong rarely. */
+static inline unsigned unit_rounds(unsigned otherwise)
+{
+	return unit_number("KMAP_UNIT_ROUNDS", otherwise);
+}
+
+/* Some turns of nothing, few or many, so that two threads meet at any instruction. */
+static inline void unit_delay(uint32_t *random)
+{
+	*random = *random * 1664525u + 1013904223u;
+	for (uint32_t i = (*random >> 8) % (16u << (*random >> 29)); i; i--)
+		__asm__ __volatile__("");
+}
+
+/* One more round is over: the watchdog waits for the next. */
+static inline void unit_progress(unsigned round)
+{
+	if (round % 32 == 0)
+		unit_watchdog();
 }
 
 /* Where the compiler put a field. */

@@ -7,7 +7,9 @@ buffer that it alone sees, as on x86-64: a store goes into it, and reaches memor
 later moment, in order.  ``swap``, ``cas``, ``update`` and ``fence`` first wait for the
 buffer to be empty.  (Weaker machines reorder more, which release and acquire forbid for
 what the protocol relies on; what they leave open, a store overtaken by a later load, is
-what the buffer models, and what the fences of the protocol are for.)
+what the buffer models, and what the fences of the protocol are for.  On arm64 a load
+may overtake an atomic change, too: a program says so with a load before the change, one
+after it, and ``choose``.)
 
 ``explore`` runs all interleavings, merging those that lead to the same state.  A state
 of a thread is the history of results it has got, so threads need no state of their own:
@@ -55,6 +57,11 @@ def fence() -> Operation:
     return ("fence",)
 
 
+def choose(*values: Any) -> Operation:
+    """One of them: whichever makes most trouble."""
+    return ("choose", values)
+
+
 def wait(name: str, good: Callable[[Any], bool]) -> Operation:
     """Sleeps in the kernel until memory itself says so; the value then."""
     return ("wait", name, good)
@@ -96,9 +103,13 @@ class Search:
 
 
 def explore(
-    threads: Iterable[Thread], memory: dict[str, Any], *, most: int = 2_000_000
+    threads: Iterable[Thread],
+    memory: dict[str, Any],
+    *,
+    until: Callable[[End], bool] = lambda end: False,
+    most: int = 2_000_000,
 ) -> Search:
-    """Every end that the threads can come to."""
+    """Every end that the threads can come to, up to one that until is true for."""
     makers = list(threads)
     locals_: dict[tuple[int, tuple[Any, ...]], _Local] = {}
 
@@ -131,6 +142,8 @@ def explore(
                 todo.append(successor)
         if not moved:
             search.ends.append(_end(state, local, came))
+            if until(search.ends[-1]):
+                break
     return search
 
 
@@ -149,7 +162,13 @@ def _steps(
         if operation is None:
             continue
         kind = operation[0]
-        if kind == "store":
+        if kind == "choose":
+            for value in dict.fromkeys(operation[1]):
+                yield (
+                    (index, "goes by", value),
+                    _with(state, index, ((*history, value), buffer), {}),
+                )
+        elif kind == "store":
             after = (*buffer, (operation[1], operation[2]))
             yield (
                 (index, *operation),
