@@ -9,8 +9,8 @@
 /* Less than this is not worth the look at the clock. */
 #define LEAST_NS 1000u
 /* Waits between two tries where spinning does not help. */
-#define PAUSE_LEAST 16u
-#define PAUSE_MOST 4096u
+#define PAUSE_LEAST 8u
+#define PAUSE_MOST 64u
 
 intptr_t km_rseq_offset;
 
