@@ -102,12 +102,15 @@ bool km_peer_died(struct km_conn *conn, int fd, int flags)
 KM_COLD static bool take_rest(struct km_conn *conn, int fd)
 {
 	struct iovec none = {NULL, 0};
-	uint64_t cut = km_load_relaxed(&conn->rx.wire->cut), taken;
+	uint64_t cut, taken;
 	uint32_t pflags = km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags);
 	int unread = 0;
 
-	if (!(pflags & KM_P_CUT) || (pflags & KM_P_END) ||
-	    (km_load_relaxed(&conn->flags) & KM_CONN_GIVEN) ||
+	if (!(pflags & KM_P_CUT) || (pflags & KM_P_END))
+		return false;
+	/* Behind the flag, which orders it. */
+	cut = km_load_ordered(&conn->rx.wire->cut);
+	if ((km_load_relaxed(&conn->flags) & KM_CONN_GIVEN) ||
 	    !(km_kernel_poll(fd, POLLRDHUP) & KM_GONE_BITS) ||
 	    km_sys_ioctl(fd, SIOCINQ, &unread) < 0 || unread > 0 ||
 	    km_kernel_unsure(fd, cut, km_load_sync(OBSERVE, &conn->rx.wire->wpos)) ||

@@ -11,7 +11,8 @@ what the buffer models, and what the fences of the protocol are for.  On arm64 a
 may overtake an atomic change, too: a program says so with a load before the change, one
 after it, and ``choose``.)
 
-``explore`` runs all interleavings, merging those that lead to the same state.  A state
+``explore`` runs all interleavings, merging those that lead to the same state, and those
+that differ in nothing but which of two threads with the same program is where.  A state
 of a thread is the history of results it has got, so threads need no state of their own:
 they are run again from their start.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 Operation = tuple[Any, ...]
@@ -129,6 +131,7 @@ def explore(
     start = (tuple(sorted(memory.items())), tuple(((), ()) for _ in makers))
     came: dict[Any, tuple[Any, tuple[Any, ...]] | None] = {start: None}
     todo = [start]
+    alike = _alike(makers)
     search = Search()
     while todo:
         state = todo.pop()
@@ -137,6 +140,7 @@ def explore(
         moved = False
         for note, successor in _steps(state, local):
             moved = True
+            successor = _sorted(successor, alike)
             if successor not in came:
                 came[successor] = (state, note)
                 todo.append(successor)
@@ -145,6 +149,33 @@ def explore(
             if until(search.ends[-1]):
                 break
     return search
+
+
+def _alike(makers: list[Thread]) -> list[list[int]]:
+    """Groups of threads that run the same program."""
+    groups: dict[Thread, list[int]] = {}
+    for index, maker in enumerate(makers):
+        groups.setdefault(maker, []).append(index)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+@cache
+def _name(thread: Any) -> str:
+    # Not its hash, which is another one in each process.
+    return repr(thread)
+
+
+def _sorted(state: Any, alike: list[list[int]]) -> Any:
+    """The same state whichever of some threads that are alike is where."""
+    for group in alike:
+        memory, threads = state
+        ordered = list(threads)
+        for index, thread in zip(
+            group, sorted((threads[i] for i in group), key=_name), strict=True
+        ):
+            ordered[index] = thread
+        state = memory, tuple(ordered)
+    return state
 
 
 def _steps(

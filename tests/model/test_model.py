@@ -10,6 +10,7 @@ from tests.model.engine import Thread, choose, explore, load, store
 from tests.model.protocol import SITUATIONS
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_it_holds_in_every_interleaving(name: str) -> None:
     _, bad = SITUATIONS[name].search()

@@ -17,6 +17,7 @@ from tests.mutants.catch import (
     ATTEMPTS,
     CATCHES,
     ROUNDS,
+    WATCHDOG,
     Run,
     build,
     caught,
@@ -32,7 +33,9 @@ def _by_program(entry: Entry, runs: tuple[Run, ...], programs: Path) -> str:
     """How it was caught, or nothing."""
     for attempt in range(1 if entry.kind == "ORDER" else ATTEMPTS):
         what = runs[attempt % len(runs)]
-        if caught(entry, run(programs, what, entry.name, rounds=ROUNDS)):
+        if caught(
+            entry, run(programs, what, entry.name, rounds=ROUNDS, watchdog=WATCHDOG)
+        ):
             return "a race" if entry.kind == "ORDER" else "a lost wake-up"
     return ""
 
@@ -80,7 +83,7 @@ def main(names: list[str]) -> int:
         for what in CATCHES[entry.name].runs
     }
     for preset, what in sorted(asked, key=str):
-        done = run(programs[preset], what, "", rounds=ROUNDS // 5)
+        done = run(programs[preset], what, "", rounds=ROUNDS // 5, watchdog=WATCHDOG)
         if done.returncode:
             print(f"{what} fails without any mutant: {done.returncode}\n{done.stderr}")
             return 1

@@ -17,6 +17,7 @@ AT_ONCE = "0"  # a channel waits on descriptors from the start
 REFUSED = "-1"  # the futex refuses, and a socket call goes on to descriptors
 RACE = 66  # ThreadSanitizer's exit status
 ROUNDS = 200_000
+WATCHDOG = 8  # seconds without an answer in which a wake-up is taken for lost
 ATTEMPTS = 60
 
 
@@ -129,7 +130,7 @@ def preset_of(entry: Entry) -> str:
 
 
 def run(
-    programs: Path, what: Run, mutant: str, *, rounds: int
+    programs: Path, what: Run, mutant: str, *, rounds: int, watchdog: int = 60
 ) -> subprocess.CompletedProcess[str]:
     """Runs what as that mutant ("": as none)."""
     env = {
@@ -137,7 +138,7 @@ def run(
         "KMAP_MUTANT": mutant,
         "KMAP_MUTANT_SLICE": what.slice_ns,
         "KMAP_UNIT_ROUNDS": str(rounds),
-        "KMAP_UNIT_WATCHDOG": "8",
+        "KMAP_UNIT_WATCHDOG": str(watchdog),
         "TSAN_OPTIONS": "halt_on_error=1",
     }
     return subprocess.run(
