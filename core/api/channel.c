@@ -250,7 +250,7 @@ static int64_t deadline_of(int timeout_ms)
 /* First sleeps on the futex, and when nothing came on the bell. */
 static uint32_t next_flag(unsigned naps)
 {
-	return naps == 0 && FUTEX_SLICE_NS ? KM_WAIT_FUTEX : KM_WAIT_EVENT;
+	return naps == 0 && FUTEX_SLICE_NS != 0 ? KM_WAIT_FUTEX : KM_WAIT_EVENT;
 }
 
 ssize_t kmap_channel_read(kmap_channel *ch, void *buf, size_t len, int timeout_ms)

@@ -106,8 +106,8 @@ static inline int km_sys_memfd_create(const char *name, unsigned flags)
 /* Readable, writable and shared; NULL and *err when there is none to be had. */
 static inline void *km_sys_mmap(size_t n, int flags, int fd, int *err)
 {
-#ifdef __SANITIZE_THREAD__
-	/* By libc, where the sanitizer and its tests see it. */
+#if defined(__SANITIZE_THREAD__) || defined(KM_MMAP_BY_LIBC)
+	/* By libc, where sanitizers and fuzz targets see it. */
 	void *seen = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_SHARED | flags, fd, 0);
 
 	*err = seen == MAP_FAILED ? -errno : 0;
