@@ -54,6 +54,7 @@ enum km_phase {
 #define KM_CONN_DIED 16u    /* the reset of a peer that died has been told */
 #define KM_CONN_TIMEOUTS 8u /* SO_RCVTIMEO or SO_SNDTIMEO may be set */
 #define KM_CONN_GIVEN 32u   /* another program may have it: a close here ends nothing */
+#define KM_CONN_URGENT 512u /* urgent data was unread at the peer's cut-over */
 #define KM_CONN_NOSPACE 256u /* the kernel's send buffer was seen full */
 /* A process that the library is not in may change O_NONBLOCK. */
 #define KM_CONN_FOREIGN 128u

@@ -40,6 +40,8 @@ static ssize_t start_drain(struct km_conn *conn, int fd)
 		return err;
 	if (cut < taken || cut - taken > (uint64_t)1 << 40)
 		return -EPROTO;
+	if (km_kernel_poll(fd, POLLPRI) & POLLPRI)
+		km_or_seq(&conn->flags, KM_CONN_URGENT);
 	conn->rx_left = cut - taken;
 	conn->row.kernel_rx_bytes = cut;
 	conn->rx_phase = conn->rx_left ? KM_PHASE_DRAIN : KM_PHASE_RING;

@@ -112,7 +112,7 @@ int km_stream_inq(struct km_file *f, int fd, int *bytes)
 {
 	struct km_side d;
 	int64_t n = 0;
-	int kernel = 0, err;
+	int kernel = 0, mark = 0, err;
 	uint64_t before;
 
 	if (!km_side_enter(f, fd, false, false, &d, &err))
@@ -126,6 +126,10 @@ int km_stream_inq(struct km_file *f, int fd, int *bytes)
 	if (d.conn->rx_phase == KM_PHASE_RING ||
 	    (d.conn->rx_phase == KM_PHASE_DRAIN && (uint64_t)kernel == d.conn->rx_left))
 		n = (int64_t)km_stream_unread(d.conn, &before);
+	/* A read ends before urgent data, and so does this count. */
+	if (km_unlikely(km_load_relaxed(&d.conn->flags) & KM_CONN_URGENT) &&
+	    d.conn->rx.r == 0 && km_sys_ioctl(fd, SIOCATMARK, &mark) == 0 && mark)
+		n = 0;
 	km_side_leave(&d);
 	*bytes = (int)KM_MIN(KM_MAX(n, 0) + kernel, INT32_MAX);
 	return err;

@@ -348,6 +348,8 @@ class Program:
             if isinstance(told, list) and told[0] == "WRONG BYTES":
                 return told
         if end.reset and peer.loose:
+            # And so is whether the error was met on the way.
+            self.host(i).take(i, slot, "recv", 1, MSG_DONTWAIT, 1)
             end.read = peer.sent
             return "reset"
         if self.unread(i):
