@@ -611,6 +611,14 @@ static bool kernel_edge(struct km_reg *reg, const struct km_conn *conn, uint32_t
 	return reg->events & cause;
 }
 
+static uint32_t ended(int fd)
+{
+	struct pollfd pfd = {.fd = fd, .events = POLLRDHUP};
+	struct timespec now = {0, 0};
+
+	return km_sys_poll(&pfd, 1, &now) > 0 ? (uint32_t)pfd.revents & EPOLLRDHUP : 0;
+}
+
 /* The kernel has news of a connection's own socket. */
 static void kernel_news(struct km_set *set, struct km_reg *reg, uint32_t events)
 {
@@ -619,6 +627,9 @@ static void kernel_news(struct km_set *set, struct km_reg *reg, uint32_t events)
 	if (reg->set == set && reg->ours && reg->file->conn) {
 		struct km_conn *conn = reg->file->conn;
 
+		/* An exclusive registration is not told EPOLLRDHUP. */
+		if ((reg->events & EPOLLEXCLUSIVE) && (events & EPOLLIN))
+			events |= ended(reg->fd);
 		if (events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR))
 			km_or_seq(&conn->kernel_bits,
 				  events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR));

@@ -115,7 +115,9 @@ KM_COLD static bool take_rest(struct km_conn *conn, int fd)
 	if ((km_load_relaxed(&conn->flags) & KM_CONN_GIVEN) ||
 	    !(km_kernel_poll(fd, POLLRDHUP) & KM_GONE_BITS) ||
 	    km_sys_ioctl(fd, SIOCINQ, &unread) < 0 || unread > 0 ||
-	    km_kernel_unsure(fd, cut, km_load_sync(OBSERVE, &conn->rx.wire->wpos)) ||
+	    km_kernel_unsure(fd, cut,
+			     km_load_sync(OBSERVE, &conn->rx.wire->wpos) -
+				     conn->rx.r) ||
 	    km_kernel_taken(fd, cut, false, &taken) < 0 || taken < cut)
 		return false;
 	none.iov_len = taken - cut;
@@ -311,7 +313,8 @@ KM_COLD static ssize_t recv_beyond(struct km_file *f, struct km_conn *conn, int 
 
 	/* A read ends before urgent data, also where that came by the kernel and what
 	 * stands before it by the ring. */
-	if ((km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) & KM_P_END) &&
+	if (((km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags) & KM_P_END) ||
+	     (km_load_relaxed(&conn->flags) & KM_CONN_URGENT)) &&
 	    km_sys_ioctl(fd, SIOCATMARK, &mark) == 0 && mark)
 		return n;
 	m = left ? recv_once(f, conn, fd, rest, left, flags | KM_MSG_MOVED) : 0;
