@@ -66,7 +66,7 @@ def _address(port: int) -> dict[str, Any]:
     return {"socket_address": {"address": "127.0.0.1", "port_value": port}}
 
 
-def _cluster(name: str, upstream: Upstream) -> dict[str, Any]:
+def _cluster(name: str, upstream: Upstream, idle: str | None = None) -> dict[str, Any]:
     address = (
         {"pipe": {"path": upstream.path}} if upstream.path else _address(upstream.port)
     )
@@ -74,8 +74,17 @@ def _cluster(name: str, upstream: Upstream) -> dict[str, Any]:
         ("max_connections", "max_pending_requests", "max_requests", "max_retries"),
         _UNLIMITED,
     )
+    options: dict[str, Any] = {}
+    if idle is not None:
+        kind = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+        options[kind] = {
+            "@type": f"type.googleapis.com/{kind}",
+            "common_http_protocol_options": {"idle_timeout": idle},
+            "explicit_http_config": {"http_protocol_options": {}},
+        }
     return {
         "name": name,
+        "typed_extension_protocol_options": options,
         "type": "STATIC",
         "connect_timeout": "5s",
         "circuit_breakers": {"thresholds": [limits]},
@@ -95,13 +104,15 @@ def envoy(
     service: Upstream,
     echo: Upstream | None = None,
     ports: Mapping[str, int] | None = None,
+    idle: str | None = None,
 ) -> dict[str, Any]:
     """Envoy with an HTTP listener and a TCP proxy before one service.
 
     Without ports Envoy takes free ones, which its admin endpoint names.  The echo
-    service, if there is one, answers below /echo.
+    service, if there is one, answers below /echo.  idle is how long it keeps a
+    connection to a service that nobody uses.
     """
-    clusters = [_cluster("service", service)]
+    clusters = [_cluster("service", service, idle)]
     routes = [
         {
             "match": {"prefix": "/"},
@@ -110,7 +121,7 @@ def envoy(
         }
     ]
     if echo is not None:
-        clusters.append(_cluster("echo", echo))
+        clusters.append(_cluster("echo", echo, idle))
         routes.insert(
             0,
             {

@@ -227,6 +227,7 @@ class Rig:
         base_env: Mapping[str, str] = os.environ,
         cpus: Iterable[int] | None = None,
         echo: bool = False,
+        idle: str | None = None,
     ) -> None:
         self.setup = setup
         self.env = setup.environment(base_env)
@@ -252,7 +253,7 @@ class Rig:
             self.envoy = Envoy(
                 programs,
                 directory,
-                config.envoy(self.service, upstream),
+                config.envoy(self.service, upstream, idle=idle),
                 env=self.env,
                 cpus=self.cpus,
             )

@@ -55,7 +55,11 @@ def soak(
             loads.append(
                 StressLoad(place, env, seed) if kind is StressLoad else kind(place, env)
             )
-    runner = Runner(loads, round_s=int(max(2, min(20, seconds / 12))))
+    runner = Runner(
+        loads,
+        round_s=int(max(2, min(20, seconds / 12))),
+        rest_s=max(1.0, min(6.0, seconds / 10)),
+    )
     with none_left():
         try:
             seen = runner.run(seconds, interval=max(0.5, min(10, seconds / 120)))

@@ -143,6 +143,8 @@ class EnvoyLoad(Load):
             served,
             base_env=self.env,
             echo=True,
+            # How many connections it keeps for later is chance.
+            idle="3s",
         )
         self.stack.callback(self._rig.close)
 

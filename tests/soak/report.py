@@ -15,7 +15,7 @@ from tests.soak.samples import METRICS, Sample
 _HEADINGS = {
     "pss_kb": "memory (Pss)",
     "shmem_kb": "of it shared",
-    "fds": "descriptors",
+    "fds": "descriptors (no files)",
     "threads": "threads",
     "mappings": "mappings",
 }

@@ -17,8 +17,9 @@ from tests.soak.judge import RETURN
 from tests.soak.loads import Load
 from tests.soak.samples import Held, Sample
 
-# How long the servers have to notice that the programs of the last round are gone.
-_QUIET_S = 30.0
+# Servers are at rest when nothing has changed for this long (Envoy keeps connections
+# for three seconds), and have ten times as long to come to it.
+_REST_S = 6.0
 _TICK_S = 0.5
 
 
@@ -41,9 +42,12 @@ class Seen:
 class Runner:
     """One soak."""
 
-    def __init__(self, loads: Sequence[Load], round_s: int) -> None:
+    def __init__(
+        self, loads: Sequence[Load], round_s: int, rest_s: float = _REST_S
+    ) -> None:
         self._loads = loads
         self._round_s = round_s
+        self._rest_s = rest_s
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self.seen = Seen()
@@ -82,23 +86,20 @@ class Runner:
 
     def _quiet(self, like: Mapping[str, Held] | None) -> Sample:
         """A look once the servers have noticed that nobody is there any more."""
-        deadline = Deadline(_QUIET_S, "the servers did not come to rest")
-        last: Mapping[str, Held] = {}
+        deadline = Deadline(10 * self._rest_s, "the servers did not come to rest")
+        last: Mapping[str, tuple[int, int]] = {}
+        since = time.monotonic()
         while True:
             sample = samples.look(0, self._groups())
-            settled = {n: (h.fds, h.rows) for n, h in sample.groups.items()} == {
-                n: (h.fds, h.rows) for n, h in last.items()
-            }
-            if like is None:
-                back = True
-            else:
-                back = all(
-                    held.fds <= like[name].fds + RETURN["fds"].of(like[name].fds)
-                    for name, held in sample.groups.items()
-                )
-            if settled and back:
+            now = {name: (held.fds, held.rows) for name, held in sample.groups.items()}
+            if now != last:
+                last, since = now, time.monotonic()
+            back = like is None or all(
+                held.fds <= like[name].fds + RETURN["fds"].of(like[name].fds)
+                for name, held in sample.groups.items()
+            )
+            if back and time.monotonic() - since >= self._rest_s:
                 return sample
-            last = sample.groups
             try:
                 deadline.pause(_TICK_S)
             except ChildFailed:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -25,6 +26,7 @@ class Held:
     # Memory, each page's share, and of that what is shared memory.
     pss_kb: int = 0
     shmem_kb: int = 0
+    # Descriptors of anything but files, of which databases keep some open.
     fds: int = 0
     threads: int = 0
     mappings: int = 0
@@ -60,12 +62,21 @@ def _text(path: str) -> str:
         return file.read()
 
 
+def _descriptors(pid: int) -> int:
+    count = 0
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            link = os.readlink(f"/proc/{pid}/fd/{name}")
+            count += not link.startswith("/") or link.startswith("/memfd:")
+    return count
+
+
 def held(pid: int) -> Held | None:
     """What one process holds; None when it is gone."""
     try:
         memory = dict(_ROLLUP.findall(_text(f"/proc/{pid}/smaps_rollup")))
         threads = _THREADS.search(_text(f"/proc/{pid}/status"))
-        fds = len(os.listdir(f"/proc/{pid}/fd"))
+        fds = _descriptors(pid)
         mappings = _text(f"/proc/{pid}/maps").count("\n")
     except (FileNotFoundError, ProcessLookupError):
         return None

@@ -190,8 +190,9 @@ def test_rendezvous_names_are_counted() -> None:
 
 
 _LEAKER = """
-import os, signal, sys
-signal.signal(signal.SIGUSR1, lambda *_: os.dup(0))
+import os, signal
+there, _ = os.pipe()
+signal.signal(signal.SIGUSR1, lambda *_: os.dup(there))
 while True: signal.pause()
 """
 
@@ -235,7 +236,7 @@ def test_a_server_that_leaks_is_found(
     tmp_path: Path, kernel_env: dict[str, str]
 ) -> None:
     load = _Leaky(tmp_path / "leaky", kernel_env)
-    runner = Runner([load], round_s=1)
+    runner = Runner([load], round_s=1, rest_s=0.5)
     try:
         seen = runner.run(6, 0.25)
     finally:
@@ -259,7 +260,7 @@ def test_an_error_ends_it_and_is_told(
             raise ValueError("as it should")
 
     load = Failing(tmp_path / "failing", kernel_env)
-    seen = Runner([load], round_s=1).run(600, 0.5)
+    seen = Runner([load], round_s=1, rest_s=0.1).run(600, 0.5)
     assert seen.errors == ["failing: ValueError: as it should"]
 
 
