@@ -605,9 +605,12 @@ static bool kernel_edge(struct km_reg *reg, const struct km_conn *conn, uint32_t
 	if (changed || !(reg->events & EPOLLET))
 		return changed || (events & ~(uint32_t)EPOLLOUT) ||
 		       conn->tx_phase != KM_PHASE_RING;
-	/* An idle socket's send buffer has space: no news on a ring. */
+	/* An idle socket's send buffer has space: no news on a ring, unless bytes come by
+	 * the kernel and have been read already. */
 	if (conn->tx_phase == KM_PHASE_RING)
-		cause = events & ~(uint32_t)EPOLLOUT ? KM_NEWS_DATA : 0;
+		cause = events & ~(uint32_t)EPOLLOUT || conn->rx_phase == KM_PHASE_ENDED
+				? KM_NEWS_DATA
+				: 0;
 	return reg->events & cause;
 }
 
