@@ -567,7 +567,8 @@ bool km_set_wait_begin(struct km_set *set)
 	if (km_unlikely(set->inners))
 		watch_inner(set);
 	km_add_seq(&set->waiters, 1);
-	if (km_likely(km_load_seq(&set->rings) == 0))
+	/* Events that poll took out when it looked are still to be told. */
+	if (km_likely(km_load_seq(&set->rings) == 0 && set->stashed == 0))
 		return true;
 	km_sub_seq(&set->waiters, 1);
 	return false;
