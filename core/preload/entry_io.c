@@ -231,7 +231,7 @@ static ssize_t receive_message(struct km_file *f, int fd, struct msghdr *msg, in
 			iov_is_invalid(msg->msg_iov, (int)msg->msg_iovlen)))
 		return km_sys_recvmsg(fd, msg, flags);
 	/* Control data comes by the kernel alone: times, and how much is left. */
-	if ((flags & MSG_ERRQUEUE) || (msg->msg_controllen && km_stream_ended(f)))
+	if ((flags & MSG_ERRQUEUE) || (msg->msg_controllen && km_stream_by_kernel(f)))
 		return km_sys_recvmsg(fd, msg, flags);
 	n = RECV(fd, msg->msg_iov, (int)msg->msg_iovlen, flags);
 	if (n >= 0 && message_out(msg, flags & MSG_CMSG_CLOEXEC) < 0)

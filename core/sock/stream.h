@@ -46,14 +46,22 @@ ssize_t km_splice_out(struct km_file *f, int fd, int pipe, size_t count,
 		      unsigned flags);
 ssize_t km_splice_in(struct km_file *f, int fd, int pipe, size_t count, unsigned flags);
 
-/* Have both directions gone back to the kernel, for good?  What was left in the ring may
- * have to be read there after all, when its producer dies. */
-KM_INLINE bool km_stream_ended(const struct km_file *f)
+/* Have both directions gone back to the kernel? */
+KM_INLINE bool km_stream_by_kernel(const struct km_file *f)
 {
 	const struct km_conn *conn = f->conn;
 
 	return km_unlikely(conn && conn->rx_phase == KM_PHASE_ENDED) &&
-	       conn->tx_phase == KM_PHASE_ENDED &&
+	       conn->tx_phase == KM_PHASE_ENDED;
+}
+
+/* And for good?  What was left in the ring may have to be read there after all, when its
+ * producer dies. */
+KM_INLINE bool km_stream_ended(const struct km_file *f)
+{
+	const struct km_conn *conn = f->conn;
+
+	return km_stream_by_kernel(f) &&
 	       km_load_relaxed(&conn->rx.wire->wpos) ==
 		       __atomic_load_n(&conn->rx.r, __ATOMIC_RELAXED) &&
 	       !(km_load_relaxed(&conn->flags) & KM_CONN_RESET);

@@ -351,7 +351,7 @@ def ready(stream: Stream) -> None:
 
 def behind(stream: Stream) -> None:
     """The actor cuts over while its partner still has something in the kernel."""
-    talk(stream, 2)
+    talk(stream, 1)
     if stream.plan["actor"]:
         stream.send(500)
         ready(stream)
