@@ -86,7 +86,7 @@ def soak(
 def _write_docs(result: Soak) -> None:
     text = DOCS.read_text()
     if not TABLE.search(text):
-        raise CannotRun(f"{DOCS} has no place for the table")
+        raise RuntimeError(f"{DOCS} has no place for the table")
     DOCS.write_text(TABLE.sub(lambda _: report.markdown(result), text))
 
 
@@ -136,11 +136,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--keep", type=Path, metavar="DIR", help="keep logs and data in DIR"
     )
     parser.add_argument(
+        "--again",
+        type=Path,
+        metavar="FILE",
+        help="run nothing: judge what --json wrote once more",
+    )
+    parser.add_argument(
         "--docs", action="store_true", help="write the table into docs/soak.md"
     )
     args = parser.parse_args(argv)
     if args.docs and set(args.loads) != set(LOADS):
         parser.error("--docs is for all loads")
+    if args.again is not None:
+        return _tell(Soak.from_json(json.loads(args.again.read_text())), docs=args.docs)
     # A signal must not leave servers behind.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     os.nice(5)
@@ -158,8 +166,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if args.json:
             args.json.write_text(json.dumps(result.to_json(), indent=1) + "\n")
-        if args.docs:
-            _write_docs(result)
     except CannotRun as error:
         say(f"scripts/soak: {error}")
         return EXIT_CANNOT_RUN
@@ -169,6 +175,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if args.keep is None:
             shutil.rmtree(directory, ignore_errors=True)
+    return _tell(result, docs=args.docs)
+
+
+def _tell(result: Soak, *, docs: bool) -> int:
+    if docs:
+        _write_docs(result)
     print(report.markdown(result), end="")
     return result.exit_code
 

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from kmap.results import JsonObject
 from tests.soak.samples import METRICS, Held, Sample
 
+# The second half is cut into so many windows, of each of which the least counts: what
+# is there between two rounds of load.
+WINDOWS = 8
 # No verdict on fewer samples than this in the second half.
-ENOUGH = 6
+ENOUGH = WINDOWS
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Tolerance:
         return max(self.part * level, self.least)
 
 
-# Growth over the second half, by the slope of its median.
+# Growth over the second half.
 GROWTH = {
     "pss_kb": Tolerance(0.03, 2048),
     "shmem_kb": Tolerance(0.03, 1024),
@@ -89,14 +92,26 @@ class Verdict:
 
 
 def slope(times: Sequence[float], values: Sequence[float]) -> float:
-    """The median of the slopes between all pairs (Theil-Sen).
-
-    A load that comes and goes, and a sample in the middle of a round, do not move it;
-    a leak of the same size in each round does.
-    """
+    """The median of the slopes between all pairs (Theil-Sen)."""
     pairs = itertools.combinations(zip(times, values, strict=True), 2)
     slopes = [(v2 - v1) / (t2 - t1) for (t1, v1), (t2, v2) in pairs if t2 > t1]
     return statistics.median(slopes) if slopes else 0.0
+
+
+def growth(times: Sequence[float], values: Sequence[float]) -> float:
+    """How much the least has grown from the first to the last.
+
+    A load that comes and goes does not move it, whatever a round costs while it lasts;
+    a leak of the same size in each round does.
+    """
+    if len(times) < ENOUGH:
+        return 0.0
+    start, end = times[0], times[-1]
+    least: dict[int, float] = {}
+    for at, value in zip(times, values, strict=True):
+        window = min(WINDOWS - 1, int((at - start) / (end - start) * WINDOWS))
+        least[window] = min(value, least.get(window, value))
+    return slope(list(least), list(least.values())) * WINDOWS
 
 
 def _judge_one(
@@ -105,9 +120,6 @@ def _judge_one(
     values = [float(getattr(sample.groups[group], metric)) for sample in series]
     times = [sample.at for sample in series]
     level = statistics.median(values) if values else float(getattr(base, metric))
-    growth = 0.0
-    if len(values) >= 2:
-        growth = slope(times, values) * (times[-1] - times[0])
     before = float(getattr(base, metric))
     return Verdict(
         group=group,
@@ -115,7 +127,7 @@ def _judge_one(
         base=before,
         level=level,
         final=float(getattr(final, metric)),
-        growth=growth,
+        growth=growth(times, values),
         growth_allowed=GROWTH[metric].of(level),
         return_allowed=RETURN[metric].of(before),
         judged=len(values) >= ENOUGH,

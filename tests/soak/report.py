@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from kmap.render import byte_count
 from kmap.results import EXIT_FAILED, EXIT_OK, JsonObject
-from tests.soak.judge import Verdict
-from tests.soak.samples import METRICS, Sample
+from tests.soak.judge import Verdict, judge
+from tests.soak.samples import METRICS, Held, Sample
 
 _HEADINGS = {
     "pss_kb": "memory (Pss)",
@@ -37,6 +37,42 @@ class Soak:
     names_left: int
     resets: int
     errors: Sequence[str] = field(default_factory=tuple)
+    kernel: str = field(default_factory=platform.release)
+
+    @classmethod
+    def from_json(cls, document: JsonObject) -> Soak:
+        """A soak that was written to a file, judged anew."""
+        series = [
+            Sample(
+                sample["at"],
+                {name: Held(**held) for name, held in sample["groups"].items()},
+                sample["names"],
+            )
+            for sample in document["samples"]
+        ]
+        ends: dict[str, dict[str, dict[str, int]]] = {"base": {}, "final": {}}
+        for verdict in document["verdicts"]:
+            for end, groups in ends.items():
+                group = groups.setdefault(verdict["group"], {})
+                group[verdict["metric"]] = int(verdict[end])
+        base, final = (
+            {name: Held(**held) for name, held in ends[end].items()}
+            for end in ("base", "final")
+        )
+        return cls(
+            minutes=document["minutes"],
+            cpus=document["cpus"],
+            own_network=document["own_network"],
+            verdicts=judge(base, series, final),
+            series=series,
+            done=document["done"],
+            faults=document["faults"],
+            upgrades=document["upgrades"],
+            names_left=document["names_left"],
+            resets=document["protocol_resets"],
+            errors=document["errors"],
+            kernel=document["kernel"],
+        )
 
     @property
     def ok(self) -> bool:
@@ -57,7 +93,7 @@ class Soak:
             "ok": self.ok,
             "minutes": round(self.minutes, 2),
             "cpus": self.cpus,
-            "kernel": platform.release(),
+            "kernel": self.kernel,
             "own_network": self.own_network,
             "errors": list(self.errors),
             "done": dict(self.done),
@@ -134,7 +170,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def markdown(soak: Soak) -> str:
     """The part of docs/soak.md that a run writes."""
     lines = [
-        f"{soak.minutes:.0f} minutes on {soak.cpus} CPUs, Linux {platform.release()}: "
+        f"{soak.minutes:.0f} minutes on {soak.cpus} CPUs, Linux {soak.kernel}: "
         f"{'no error' if not soak.errors else f'{len(soak.errors)} errors'}, "
         f"{'all flat' if all(v.ok for v in soak.verdicts) else 'NOT all flat'}, "
         f"{soak.resets} protocol resets, {soak.names_left} rendezvous names left.",

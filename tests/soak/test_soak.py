@@ -141,6 +141,26 @@ def test_the_report_says_what_was_found() -> None:
     assert document["ok"] is True
     assert document["samples"][0]["groups"]["server"]["fds"] == 60
 
+
+@pytest.mark.parametrize("leak", [0, 1])
+def test_a_run_is_judged_again_from_its_file(leak: int, tmp_path: Path) -> None:
+    series = [
+        Sample(at, {"server": Held(**{**vars(_BASE), "fds": 60 + leak * at})}, 0)
+        for at in range(100)
+    ]
+    last = Held(**{**vars(_BASE), "fds": 60 + leak * 100})
+    first = _soak(
+        judge({"server": _BASE}, series, {"server": last}), series=series, kernel="6.1"
+    )
+    file = tmp_path / "soak.json"
+    file.write_text(json.dumps(first.to_json()))
+    again = Soak.from_json(json.loads(file.read_text()))
+    assert again.to_json() == first.to_json()
+    assert main(["--again", str(file)]) == first.exit_code == leak
+
+
+def test_the_report_says_what_is_wrong() -> None:
+
     growing = _soak(list(_verdicts(lambda n: {"fds": 60 + n}).values()))
     assert growing.exit_code == 1
     assert "NOT all flat" in report.markdown(growing)
@@ -238,7 +258,7 @@ def test_a_server_that_leaks_is_found(
     load = _Leaky(tmp_path / "leaky", kernel_env)
     runner = Runner([load], round_s=1, rest_s=0.5)
     try:
-        seen = runner.run(6, 0.25)
+        seen = runner.run(8, 0.1)
     finally:
         load.close()
     assert seen.errors == []
