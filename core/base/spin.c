@@ -8,6 +8,8 @@
 
 /* Less than this is not worth the look at the clock. */
 #define LEAST_NS 1000u
+/* Looks between two looks at the clock. */
+#define LOOKS 16
 /* Waits between two tries where spinning does not help. */
 #define PAUSE_LEAST 8u
 #define PAUSE_MOST 64u
@@ -24,7 +26,8 @@ void km_spin_init(void)
 		km_rseq_offset = *offset;
 }
 
-int64_t km_spin_time(struct km_spin *spin, uint32_t peer_cpu)
+/* How long the next wait may spin, in nanoseconds; 0: not at all. */
+static int64_t time_for(struct km_spin *spin, uint32_t peer_cpu)
 {
 	uint32_t most = (uint32_t)km_proc.options.spin_us * 1000;
 	uint32_t limit, rest;
@@ -41,7 +44,7 @@ int64_t km_spin_time(struct km_spin *spin, uint32_t peer_cpu)
 	return 0;
 }
 
-void km_spin_done(struct km_spin *spin, bool hit)
+static void note(struct km_spin *spin, bool hit)
 {
 	uint32_t limit = km_load_relaxed(&spin->limit) / 2;
 	uint32_t pause = km_load_relaxed(&spin->pause);
@@ -61,4 +64,23 @@ void km_spin_done(struct km_spin *spin, bool hit)
 	km_store_relaxed(&spin->limit, 0);
 	km_store_relaxed(&spin->rest, pause);
 	km_store_relaxed(&spin->pause, pause);
+}
+
+bool km_spin(struct km_spin *record, uint32_t peer_cpu, int64_t left,
+	     bool (*has_news)(const void *what), const void *what)
+{
+	int64_t time = time_for(record, peer_cpu), until;
+	bool hit = false;
+
+	if (time == 0)
+		return false;
+	until = km_now_ns() + KM_MIN(time, left);
+	do
+		for (int i = 0; i < LOOKS && !hit; i++) {
+			km_relax();
+			hit = has_news(what);
+		}
+	while (!hit && km_now_ns() < until);
+	note(record, hit);
+	return hit;
 }

@@ -19,9 +19,6 @@
 #include "base/atomic.h"
 #include "base/compiler.h"
 
-/* Looks between two looks at the clock. */
-#define KM_SPIN_LOOKS 16
-
 struct km_spin {
 	km_a32 limit; /* nanoseconds that the next wait may spin; 0: see rest */
 	km_a32 rest;  /* waits without spinning, before the next try */
@@ -52,9 +49,10 @@ KM_INLINE uint32_t km_this_cpu(void)
 	return 1 + *(volatile uint32_t *)(thread + (uintptr_t)km_rseq_offset + 4);
 }
 
-/* May a wait for a peer that was last seen on that CPU spin, and how long?  0: no. */
-int64_t km_spin_time(struct km_spin *spin, uint32_t peer_cpu);
-/* What came of it. */
-void km_spin_done(struct km_spin *spin, bool hit);
+/* Asks has_news(what) again and again for as long as a wait for a peer that was last seen
+ * on that CPU may spin, left nanoseconds at the most.  Is there news?  If not, or if it
+ * may not spin, sleep.  Signal handlers run meanwhile, and do not end it. */
+bool km_spin(struct km_spin *record, uint32_t peer_cpu, int64_t left,
+	     bool (*has_news)(const void *what), const void *what);
 
 #endif

@@ -200,7 +200,7 @@ void km_bell_disarm(struct km_bell *bell)
 	km_add_seq(&bell->wire->sleep, ((uint64_t)1 << 32) - 1);
 }
 
-static bool bell_has_news(const struct km_bell *bell)
+bool km_bell_has_news(const struct km_bell *bell)
 {
 	const struct km_wire_bell *wire = bell->wire;
 	uint64_t any = 0;
@@ -208,26 +208,6 @@ static bool bell_has_news(const struct km_bell *bell)
 	for (uint32_t i = 0; i < KM_COUNT(wire->summary); i++)
 		any |= km_load_relaxed(&wire->summary[i]);
 	return any;
-}
-
-bool km_bells_spin(struct km_bell *const *bell, uint32_t n, struct km_spin *record,
-		   uint32_t peer_cpu, int64_t left)
-{
-	int64_t time = km_spin_time(record, peer_cpu), until;
-	bool hit = false;
-
-	if (time == 0)
-		return false;
-	until = km_now_ns() + KM_MIN(time, left);
-	do
-		for (int i = 0; i < KM_SPIN_LOOKS && !hit; i++) {
-			km_relax();
-			for (uint32_t k = 0; k < n && !hit; k++)
-				hit = bell_has_news(bell[k]);
-		}
-	while (!hit && km_now_ns() < until);
-	km_spin_done(record, hit);
-	return hit;
 }
 
 /* A wake-up must not be lost to a system call that fails once. */

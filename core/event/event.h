@@ -107,10 +107,8 @@ void km_bell_drop(struct km_file *f);
 /* Counts a sleeper in or out. */
 void km_bell_arm(struct km_bell *bell);
 void km_bell_disarm(struct km_bell *bell);
-/* Looks for news on any of the bells for a while, where the peer that is waited for may
- * be about to have some.  False: sleep. */
-bool km_bells_spin(struct km_bell *const *bell, uint32_t n, struct km_spin *record,
-		   uint32_t peer_cpu, int64_t left);
+/* Is there something to drain? */
+bool km_bell_has_news(const struct km_bell *bell);
 /* Passes the news of a bell on to the registrations it is for. */
 void km_bell_drain(struct km_bell *bell);
 /* Wakes everybody who sleeps on it in this process. */

@@ -352,8 +352,10 @@ static int poll_kernel(struct poll_call *c, bool bells, int64_t left,
 /* How many entries are looked at again and again. */
 #define SPIN_ENTRIES 8
 
-static bool poll_news(const struct poll_call *c)
+static bool poll_has_news(const void *what)
 {
+	const struct poll_call *c = what;
+
 	for (nfds_t i = 0; i < c->n; i++) {
 		const struct km_conn *conn = c->file[i] ? c->file[i]->conn : NULL;
 
@@ -368,26 +370,12 @@ static bool poll_news(const struct poll_call *c)
 /* Looks again for a while, where a peer may be about to have something. */
 static bool poll_spin(const struct poll_call *c, int64_t left)
 {
-	struct km_spin *record = &km_thread.spin;
 	uint32_t cpu = 0;
-	int64_t time, until;
-	bool hit = false;
 
 	for (nfds_t i = 0; i < c->n && !cpu && c->n <= SPIN_ENTRIES; i++)
 		if (c->file[i] && c->file[i]->conn && (c->fds[i].events & POLLIN))
 			cpu = km_load_relaxed(&c->file[i]->conn->rx.wire->pcpu);
-	time = km_spin_time(record, cpu);
-	if (time == 0)
-		return false;
-	until = km_now_ns() + KM_MIN(time, left);
-	do
-		for (int i = 0; i < KM_SPIN_LOOKS && !hit; i++) {
-			km_relax();
-			hit = poll_news(c);
-		}
-	while (!hit && km_now_ns() < until);
-	km_spin_done(record, hit);
-	return hit;
+	return km_spin(&km_thread.spin, cpu, left, poll_has_news, c);
 }
 
 static int poll_loop(struct poll_call *c, int64_t timeout_ns, const sigset_t *mask,

@@ -593,7 +593,6 @@ static bool kernel_edge(struct km_reg *reg, const struct km_conn *conn, uint32_t
 	/* Told of already, before the kernel came to say so?  Once it has, another event
 	 * of a socket that is hung up is news: its reset. */
 	bool changed = first ? first & ~reg->told : gone & EPOLLHUP;
-
 	bool stale = reg->stale && !changed;
 
 	reg->said |= gone;
@@ -990,11 +989,15 @@ static bool kernel_can_wait(struct km_set *set)
 	return false;
 }
 
-/* News of the kernel's waits as long. */
-static bool spin(struct km_set *set, int64_t left)
+static bool set_has_news(const void *what)
 {
-	return km_bells_spin(set->bell, km_load_seq(&set->bells), &set->spin,
-			     set->peer_cpu, left);
+	const struct km_set *set = what;
+	uint32_t bells = km_load_seq(&set->bells);
+
+	for (uint32_t i = 0; i < bells; i++)
+		if (km_bell_has_news(set->bell[i]))
+			return true;
+	return false;
 }
 
 /* What is ready now when the rings have something: the kernel is asked too, before
@@ -1059,7 +1062,10 @@ int km_epoll_wait(struct km_set *set, int epfd, struct epoll_event *evs, int max
 				return k;
 			return found_too(set, evs, n, max);
 		}
-		if (!spun && spin(set, timeout_ns < 0 ? INT64_MAX : timeout_ns)) {
+		/* The kernel's news waits as long. */
+		if (!spun && km_spin(&set->spin, set->peer_cpu,
+				     timeout_ns < 0 ? INT64_MAX : timeout_ns,
+				     set_has_news, set)) {
 			spun = true;
 			continue;
 		}

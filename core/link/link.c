@@ -394,9 +394,8 @@ static int bell_fds(const struct km_file *f, int *fds)
 static void not_the_owner(const struct km_file *f)
 {
 	km_log(KM_LOG_ERROR,
-	       "fd %d: whoever came to the rendezvous does not own the other end of "
-	       "the "
-	       "connection; it stays on the kernel",
+	       "fd %d: whoever came to the rendezvous does not own the other end "
+	       "of the connection; it stays on the kernel",
 	       f->fd);
 }
 

@@ -150,13 +150,14 @@ static ssize_t kernel_end(struct km_conn *conn, int fd, int flags)
 static ssize_t recv_ended(struct km_conn *conn, int fd, const struct iovec *iov,
 			  int iovcnt, int flags)
 {
-	ssize_t n;
+	ssize_t n = km_kernel_recv(fd, iov, iovcnt, flags);
 
-	if (km_unlikely(km_load_relaxed(&conn->rx.wire->wpos) != conn->rx.r) &&
-	    take_rest(conn, fd))
+	if (km_likely(n > 0 || n == -EAGAIN))
+		return n;
+	/* Not before the kernel told of an end: a question for each read would be dear. */
+	if (km_load_relaxed(&conn->rx.wire->wpos) != conn->rx.r && take_rest(conn, fd))
 		return KM_RETRY;
-	n = km_kernel_recv(fd, iov, iovcnt, flags);
-	return km_likely(n != 0) ? n : kernel_end(conn, fd, flags);
+	return n ? n : kernel_end(conn, fd, flags);
 }
 
 bool km_rx_begin(struct km_conn *conn)

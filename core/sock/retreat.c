@@ -16,12 +16,10 @@
 #include "link/link.h"
 #include "sock/internal.h"
 
-/* How long a close or shutdown waits for a consumer that has left to say where it
- * stopped, which takes it a few instructions; and for the kernel to take the rest.  A
+/* How long a close or shutdown waits for the kernel to take what a consumer left.  A
  * hostile one makes it wait for nothing. */
-#ifndef STOP_PATIENCE_NS
-#define STOP_PATIENCE_NS 250000000
-#define SEND_PATIENCE_NS 1000000000
+#ifndef PATIENCE_NS
+#define PATIENCE_NS 1000000000
 #define LOOK_NS 10000000
 #endif
 
@@ -142,7 +140,7 @@ static void make_send_room(const struct km_conn *conn, int fd)
 
 int km_tx_resend_all(struct km_conn *conn, int fd)
 {
-	int64_t deadline = km_now_ns() + STOP_PATIENCE_NS;
+	int64_t deadline = km_now_ns() + PATIENCE_NS;
 	struct timespec look = {0, LOOK_NS};
 	bool grown = false;
 	ssize_t n;
@@ -151,16 +149,15 @@ int km_tx_resend_all(struct km_conn *conn, int fd)
 		struct pollfd pfd = {.fd = fd, .events = POLLOUT};
 
 		n = km_tx_resend(conn, fd);
-		if (n == 0)
-			return 0;
-		if (n == -EAGAIN && conn->tx_resend && !grown) {
+		if (n != -EAGAIN)
+			return (int)n;
+		if (!grown) {
 			grown = true;
-			deadline = km_now_ns() + SEND_PATIENCE_NS;
 			make_send_room(conn, fd);
 			continue;
 		}
-		if (n != -EAGAIN || km_now_ns() > deadline)
-			return n == -EAGAIN ? -ETIMEDOUT : (int)n;
+		if (km_now_ns() > deadline)
+			return -ETIMEDOUT;
 		km_sys_poll(&pfd, 1, &look);
 	}
 	return 0;

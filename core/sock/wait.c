@@ -71,35 +71,32 @@ bool km_tx_has_news(const struct km_conn *conn)
 		(KM_P_FIN | KM_P_CLOSED));
 }
 
-/* Looks again for a while, where the peer may be about to answer. */
-static bool spin(struct km_spin *record, uint32_t peer_cpu, const struct km_conn *conn,
-		 bool (*has_news)(const struct km_conn *), int64_t left)
-{
-	int64_t time = km_spin_time(record, peer_cpu), until;
-	bool hit = false;
+struct wanted {
+	const struct km_conn *conn;
+	bool (*has_news)(const struct km_conn *);
+};
 
-	if (time == 0)
-		return false;
-	until = km_now_ns() + KM_MIN(time, left);
-	do
-		for (int i = 0; i < KM_SPIN_LOOKS && !hit; i++) {
-			km_relax();
-			hit = has_news(conn);
-		}
-	while (!hit && km_now_ns() < until);
-	km_spin_done(record, hit);
-	return hit;
+static bool has_come(const void *what)
+{
+	const struct wanted *wanted = what;
+
+	return wanted->has_news(wanted->conn);
 }
 
-/* A short sleep on a wait word, where the peer's next operation wakes directly. */
+/* A short sleep on a wait word, where the peer's next operation wakes directly; or none,
+ * where the peer runs on another CPU and may be about to answer. */
 static int nap_on_futex(km_a32 *word, const struct km_conn *conn,
-			bool (*has_news)(const struct km_conn *), int64_t left)
+			bool (*has_news)(const struct km_conn *), int64_t left,
+			struct km_spin *record, uint32_t peer_cpu)
 {
 	int64_t ns = KM_MIN(left, FUTEX_SLICE_NS);
 	struct timespec slice = {ns / 1000000000, ns % 1000000000};
-	uint32_t flags = km_or_seq(word, KM_WAIT_FUTEX) | KM_WAIT_FUTEX;
+	uint32_t flags;
 	int err;
 
+	if (km_spin(record, peer_cpu, left, has_come, &(struct wanted){conn, has_news}))
+		return 0;
+	flags = km_or_seq(word, KM_WAIT_FUTEX) | KM_WAIT_FUTEX;
 	km_fence_sync(NAP);
 	if (km_look_sync(NAP_LOOK, has_news(conn)))
 		return 0;
@@ -173,11 +170,9 @@ int km_wait_in(struct km_file *f, struct km_conn *conn, int fd, struct km_wait *
 		events |= POLLOUT;
 	else if (conn->rx_phase == KM_PHASE_RING && w->naps++ == 0 &&
 		 !km_signals_mixed())
-		return spin(&conn->spin_in, km_load_relaxed(&conn->rx.wire->pcpu), conn,
-			    rx_has_news, left)
-			       ? 0
-			       : nap_on_futex(&conn->rx.wire->cons_wait, conn,
-					      rx_has_news, left);
+		return nap_on_futex(&conn->rx.wire->cons_wait, conn, rx_has_news, left,
+				    &conn->spin_in,
+				    km_load_relaxed(&conn->rx.wire->pcpu));
 	return nap_on_bell(f, conn, fd, events, rx_has_news, left);
 }
 
@@ -245,11 +240,9 @@ int km_wait_out(struct km_file *f, struct km_conn *conn, int fd, struct km_wait 
 	if (conn->tx_phase != KM_PHASE_RING)
 		return nap_on_bell(f, conn, fd, POLLOUT, km_tx_has_news, left);
 	if (w->naps++ == 0 && !km_signals_mixed())
-		return spin(&conn->spin_out, km_load_relaxed(&conn->tx.wire->ccpu),
-			    conn, km_tx_has_news, left)
-			       ? 0
-			       : nap_on_futex(&conn->tx.wire->prod_wait, conn,
-					      km_tx_has_news, left);
+		return nap_on_futex(&conn->tx.wire->prod_wait, conn, km_tx_has_news,
+				    left, &conn->spin_out,
+				    km_load_relaxed(&conn->tx.wire->ccpu));
 	km_ask_for_space(f, conn);
 	if (km_tx_has_news(conn))
 		return 0;

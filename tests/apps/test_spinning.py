@@ -47,20 +47,19 @@ def test_never_on_the_peers_cpu(
 ) -> None:
     cpu = min(os.sched_getaffinity(0))
     found = round_trips(launch, kmap_env, way, (cpu, cpu))
-    assert found["spin_hits"] == found["spin_misses"] == 0
-    # Round trips are sleeps: the other end needs this CPU.
-    if way != "poll":  # whose sleeps are not counted
-        assert found["futex_sleeps"] + found["doorbell_sleeps"] > COUNT // 10
+    assert (found["spin_hits"], found["spin_misses"]) == (0, 0), found
+    # It did wait: the other end needs this CPU.
+    assert found["futex_sleeps"] + found["doorbell_sleeps"] > 0, found
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_on_another_cpu(launch: Launch, kmap_env: dict[str, str], way: str) -> None:
     cpus = sorted(os.sched_getaffinity(0))
     assert len(cpus) > 1, "this test needs two CPUs"
-    # As long as may be: a busy machine takes the peer's CPU away for a while.
-    env = kmap_env | {"KMAP_SPIN_US": "1000"}
-    found = round_trips(launch, env, way, (cpus[0], cpus[1]))
-    assert found["spin_hits"] > COUNT // 4
+    found = round_trips(launch, kmap_env, way, (cpus[0], cpus[1]))
+    # How often depends on what else these CPUs have to do; tests/c/test_spin.c has the
+    # rules.
+    assert found["spin_hits"] > 0, found
 
 
 def test_turned_off(launch: Launch, kmap_env: dict[str, str]) -> None:

@@ -3,35 +3,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "dev"
+from tests.builds import build
+
 UNITS = sorted(path.stem for path in Path(__file__).parent.glob("*.c"))
 
 
 @pytest.fixture(scope="session")
 def programs() -> Path:
     """The directory of the built programs, up to date."""
-    cmake = shutil.which("cmake")
-    assert cmake, "cmake is not installed: pip install 'kmap[test]' brings it"
-    BUILD.mkdir(parents=True, exist_ok=True)
-    # Workers of pytest-xdist share the build tree.
-    with (BUILD / "pytest.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in (
-            [cmake, "--preset", "dev"],
-            [cmake, "--build", str(BUILD), "--target", "unit_tests"],
-        ):
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            assert done.returncode == 0, f"{command}:\n{done.stdout}{done.stderr}"
-    return BUILD / "tests"
+    return build("dev", "unit_tests") / "tests"
 
 
 def test_there_are_units() -> None:

@@ -3,38 +3,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from kmap import launch, native
+from tests.builds import build
 from tests.faults.drive import Plan, Run, Spawn
-
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "faults"
 
 
 @pytest.fixture(scope="session")
 def faults_library() -> Path:
     """The preload library with fault points, up to date."""
-    cmake = shutil.which("cmake")
-    assert cmake, "cmake is not installed: pip install 'kmap[test]' brings it"
-    BUILD.mkdir(parents=True, exist_ok=True)
-    # Workers of pytest-xdist share the build tree.
-    with (BUILD / "pytest.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in (
-            [cmake, "--preset", "faults"],
-            [cmake, "--build", str(BUILD)],
-        ):
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            assert done.returncode == 0, f"{command}:\n{done.stdout}{done.stderr}"
-    return BUILD / native.PRELOAD_NAME
+    return build("faults") / native.PRELOAD_NAME
 
 
 @pytest.fixture

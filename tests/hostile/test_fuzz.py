@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "fuzz"
+from tests.builds import ROOT, build
+
 SECONDS = 20
 
 
@@ -21,21 +20,12 @@ SECONDS = 20
 def test_fuzz(target: str, kernel_env: dict[str, str], tmp_path: Path) -> None:
     if shutil.which("clang-14") is None:
         pytest.skip("clang-14 is not installed; scripts/setup test installs it")
-    BUILD.mkdir(parents=True, exist_ok=True)
-    # Workers of pytest-xdist share the build tree.
-    with (BUILD / "pytest.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in (
-            ["cmake", "--preset", "fuzz"],
-            ["cmake", "--build", "--preset", "fuzz"],
-        ):
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            assert done.returncode == 0, f"{command}:\n{done.stdout}{done.stderr}"
+    programs = build("fuzz", "fuzzers") / "fuzz"
     corpus = ROOT / "core" / "fuzz" / "corpus" / target
     assert any(corpus.iterdir())
     done = subprocess.run(
         [
-            os.fspath(BUILD / "fuzz" / target),
+            os.fspath(programs / target),
             f"-max_total_time={SECONDS}",
             "-max_len=1024",
             "-len_control=0",

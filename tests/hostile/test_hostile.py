@@ -343,6 +343,14 @@ def _as_user(uid: int, act: Callable[[], None]) -> int:
     return stay_write
 
 
+def _is_refused_for_its_user(victim: Victim) -> None:
+    """One connection stays on the kernel, and the log says once why."""
+    victim.honest()
+    assert victim.reason("peer-uid") == 1
+    (line,) = victim.log_lines()
+    assert "does not own the other end" in line
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root for two user ids")
 @pytest.mark.parametrize("user", [0, DAEMON], ids=["root", "daemon"])
 def test_a_squatter_on_the_name(
@@ -357,10 +365,7 @@ def test_a_squatter_on_the_name(
         stay = _as_user(NOBODY, squat)
         liar.ping(60)
         os.close(stay)
-        victim.honest()
-        assert victim.reason("peer-uid") == 1
-        (line,) = victim.log_lines()
-        assert "does not own the other end" in line
+        _is_refused_for_its_user(victim)
     assert victim.line() == "gone end"
     assert victim.counter("upgrades") == 1
 
@@ -384,10 +389,7 @@ def test_an_intruder_on_the_offer(
         stay = _as_user(NOBODY, intrude)
         liar.ping(60)
         os.close(stay)
-        victim.honest()
-        assert victim.reason("peer-uid") == 1
-        (line,) = victim.log_lines()
-        assert "does not own the other end" in line
+        _is_refused_for_its_user(victim)
     assert victim.line() == "gone end"
     assert victim.counter("upgrades") == 1
 

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from tests.builds import ROOT, build
 from tests.model.protocol import SITUATIONS
 from tests.mutants.catch import (
     ATTEMPTS,
@@ -19,12 +20,11 @@ from tests.mutants.catch import (
     ROUNDS,
     WATCHDOG,
     Run,
-    build,
     caught,
     preset_of,
     run,
 )
-from tests.mutants.sync import ROOT, Entry, entries
+from tests.mutants.sync import Entry, entries
 
 DOCUMENT = ROOT / "docs" / "concurrency.md"
 
@@ -74,7 +74,7 @@ def main(names: list[str]) -> int:
         print(f"not in core/base/sync.def: {', '.join(sorted(unknown))}")
         return 2
     programs = {
-        preset: build(preset, ["unit_tests"])
+        preset: build(preset, "unit_tests") / "tests"
         for preset in sorted({preset_of(entry) for entry in chosen})
     }
     asked = {

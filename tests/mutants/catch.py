@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.mutants.sync import ROOT, Entry
+from tests.mutants.sync import Entry
 
 FOR_EVER = "3600000000000"  # nanoseconds that a sleeper trusts the futex
 AT_ONCE = "0"  # a channel waits on descriptors from the start
@@ -109,19 +108,6 @@ CATCHES = {
         (Run("test_channel_lost", "space", FOR_EVER),), ((_STORED, "second look"),)
     ),
 }
-
-
-def build(preset: str, targets: list[str]) -> Path:
-    """Builds programs of tests/c; the directory that they are in."""
-    cmake = shutil.which("cmake")
-    assert cmake, "cmake is not installed: pip install 'kmap[test]' brings it"
-    for command in (
-        [cmake, "--preset", preset],
-        [cmake, "--build", f"build/{preset}", "--target", *targets],
-    ):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}:\n{done.stdout}{done.stderr}"
-    return ROOT / "build" / preset / "tests"
 
 
 def preset_of(entry: Entry) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.builds import ROOT
+
 SYNC = ROOT / "core" / "base" / "sync.def"
 _ENTRY = re.compile(r"^(ORDER|FENCE|LOOK)\((\w+),(.*?)\)$", re.MULTILINE | re.DOTALL)
 

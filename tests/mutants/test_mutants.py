@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import fcntl
 from pathlib import Path
 
 import pytest
 
+from tests.builds import ROOT, build
 from tests.model.protocol import SITUATIONS
-from tests.mutants.catch import CATCHES, Run, build, caught, run
-from tests.mutants.sync import ROOT, Entry, entries
+from tests.mutants.catch import CATCHES, Run, caught, run
+from tests.mutants.sync import Entry, entries
 
 ORDERS = [entry for entry in entries() if entry.kind == "ORDER"]
 RUNS = sorted({what for entry in ORDERS for what in CATCHES[entry.name].runs}, key=str)
@@ -19,11 +19,7 @@ RUNS = sorted({what for entry in ORDERS for what in CATCHES[entry.name].runs}, k
 @pytest.fixture(scope="session")
 def programs() -> Path:
     """The directory of the programs under ThreadSanitizer."""
-    directory = ROOT / "build" / "mutants-tsan"
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "pytest.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return build("mutants-tsan", [*map(str, RUNS), "test_channel_stream"])
+    return build("mutants-tsan", *map(str, RUNS), "test_channel_stream") / "tests"
 
 
 @pytest.mark.timeout(600)

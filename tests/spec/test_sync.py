@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import re
 
-from tests.mutants.sync import ROOT, entries
+from tests.builds import ROOT
+from tests.mutants.sync import entries
 
 CORE = ROOT / "core"
 _USE = re.compile(r"\bkm_(load|store|cas|fence|look)_sync\(\s*(\w+)")
