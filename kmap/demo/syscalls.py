@@ -77,6 +77,9 @@ _CALL = re.compile(
 )
 
 
+_RINGS = re.compile(r", SHUT_RD\b")
+
+
 @dataclass(frozen=True)
 class Calls:
     """System calls of one program."""
@@ -103,8 +106,9 @@ def _kind(name: str, file: str, line: str) -> Calls:
         return Calls(0, 1, 0, 0)
     if name == "futex":
         return Calls(0, 0, 0, 1)
-    # No program ends the reading of a TCP connection.
-    if name == "shutdown" and "SHUT_RD)" in line:
+    # No program ends the reading of a TCP connection.  The call may be interrupted by
+    # another thread's line.
+    if name == "shutdown" and _RINGS.search(line):
         return Calls(0, 0, 1, 0)
     if file.startswith("socket:") or name == "socket":
         return Calls(1, 0, 0, 0)
