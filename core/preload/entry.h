@@ -24,14 +24,16 @@ KM_INLINE ssize_t km_result(ssize_t n)
  */
 #define KM_DATA_CALL(fd, direction, real, ring)                                        \
 	do {                                                                           \
-		uint64_t entry;                                                        \
+		uint64_t entry = km_fd_entry(fd);                                      \
 		struct km_file *f;                                                     \
 		struct km_plain plain;                                                 \
 		ssize_t n;                                                             \
-		for (;;) {                                                             \
-			entry = km_fd_entry(fd);                                       \
-			if (km_likely(km_fd_kind(entry) != KM_FD_FILE)) {              \
-				if (km_likely(!km_fd_closing(entry)))                  \
+		/* Most descriptors are none of ours. */                               \
+		if (km_likely(entry == 0))                                             \
+			return real;                                                   \
+		for (;; entry = km_fd_entry(fd)) {                                     \
+			if (km_unlikely(km_fd_kind(entry) != KM_FD_FILE)) {            \
+				if (!km_fd_closing(entry))                             \
 					return real;                                   \
 				if (!km_fd_wait_closed(fd))                            \
 					return km_result(-EBADF);                      \
