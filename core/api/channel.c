@@ -11,15 +11,6 @@
 #include "shm/latch.h"
 #include "shm/segment.h"
 
-/* How long a sleeper trusts the futex before it waits on descriptors, where it
- * also sees a peer that died.  Nanoseconds. */
-#ifdef KM_MUTANTS
-extern int64_t km_mutant_slice_ns;
-#define FUTEX_SLICE_NS km_mutant_slice_ns
-#else
-#define FUTEX_SLICE_NS INT64_C(5000000)
-#endif
-
 struct kmap_channel {
 	struct km_segment seg;
 	struct km_producer tx;
@@ -231,7 +222,7 @@ static int nap(kmap_channel *ch, km_a32 *word, uint32_t flag, int *epfd, int bel
 	if (left == 0)
 		return -ETIMEDOUT;
 	if (flag == KM_WAIT_FUTEX) {
-		left = KM_MIN(left, FUTEX_SLICE_NS);
+		left = KM_MIN(left, KM_FUTEX_SLICE_NS);
 		ts = (struct timespec){left / 1000000000, left % 1000000000};
 		km_add_relaxed(&ch->futex_sleeps, 1);
 		err = km_sys_futex_wait(word, KM_WAIT_FUTEX, &ts);
@@ -250,7 +241,7 @@ static int64_t deadline_of(int timeout_ms)
 /* First sleeps on the futex, and when nothing came on the bell. */
 static uint32_t next_flag(unsigned naps)
 {
-	return naps == 0 && FUTEX_SLICE_NS != 0 ? KM_WAIT_FUTEX : KM_WAIT_EVENT;
+	return naps == 0 && KM_FUTEX_SLICE_NS != 0 ? KM_WAIT_FUTEX : KM_WAIT_EVENT;
 }
 
 ssize_t kmap_channel_read(kmap_channel *ch, void *buf, size_t len, int timeout_ms)

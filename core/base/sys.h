@@ -227,6 +227,15 @@ static inline int km_sys_epoll_wait(int epfd, struct epoll_event *evs, int max, 
 #endif
 }
 
+/* How long a sleeper trusts the futex before it waits on descriptors, where it also sees
+ * a peer that died.  Nanoseconds. */
+#ifdef KM_MUTANTS
+extern int64_t km_mutant_slice_ns;
+#define KM_FUTEX_SLICE_NS km_mutant_slice_ns
+#else
+#define KM_FUTEX_SLICE_NS INT64_C(5000000)
+#endif
+
 /* FUTEX_WAIT on a word that other processes share; timeout NULL waits for ever.
  * 0, -EAGAIN (the word differs), -EINTR, -ETIMEDOUT. */
 static inline int km_sys_futex_wait(void *word, uint32_t value,

@@ -9,15 +9,6 @@
 #include "sock/internal.h"
 #include "sock/signals.h"
 
-/* How long a blocking call trusts the futex before it waits on descriptors,
- * where it also sees a peer that died.  Nanoseconds. */
-#ifdef KM_MUTANTS
-extern int64_t km_mutant_slice_ns;
-#define FUTEX_SLICE_NS km_mutant_slice_ns
-#else
-#define FUTEX_SLICE_NS INT64_C(5000000)
-#endif
-
 static void set_deadline(struct km_wait *w, const struct km_conn *conn, int fd,
 			 int option)
 {
@@ -89,7 +80,7 @@ static int nap_on_futex(km_a32 *word, const struct km_conn *conn,
 			bool (*has_news)(const struct km_conn *), int64_t left,
 			struct km_spin *record, uint32_t peer_cpu)
 {
-	int64_t ns = KM_MIN(left, FUTEX_SLICE_NS);
+	int64_t ns = KM_MIN(left, KM_FUTEX_SLICE_NS);
 	struct timespec slice = {ns / 1000000000, ns % 1000000000};
 	uint32_t flags;
 	int err;

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import glob
 import io
 import json
 import os
@@ -37,8 +36,6 @@ _LOOK_S = 0.05
 _CONNECTIONS = 32
 _REDIS_CLIENTS = 50
 _PGBENCH_CLIENTS = 8
-# Debian keeps servers outside a user's PATH.
-_DIRECTORIES = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/lib/postgresql/*/bin")
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ class Running:
 
     def program(self, name: str) -> str:
         """Its path."""
-        return find(name) or name
+        return programs.find_path(name) or name
 
     def listening(self, child: Child) -> None:
         """Waits until something of child listens on the port."""
@@ -113,14 +110,6 @@ class Running:
             child.close()
             raise
         return child
-
-
-def find(name: str) -> str | None:
-    """Where a program is, also beside a user's PATH."""
-    places = [os.environ.get("PATH", os.defpath)]
-    for pattern in _DIRECTORIES:
-        places.extend(sorted(glob.glob(pattern), reverse=True))
-    return shutil.which(name, path=os.pathsep.join(places))
 
 
 # iperf3: one stream, as large as it goes.
@@ -409,7 +398,7 @@ APPS = {
 def check(app: App) -> None:
     """Raises CannotRun with the name of a program that is missing."""
     for name, package in app.needs:
-        if find(name) is None:
+        if programs.find_path(name) is None:
             raise CannotRun(f"{name} is not installed: apt-get install {package}")
 
 
@@ -420,7 +409,7 @@ def versions(app: App) -> dict[str, str]:
         # wrk and nginx know no long option.
         argument = "-v" if name in ("wrk", "nginx") else "--version"
         done = subprocess.run(
-            [find(name) or name, argument],
+            [programs.find_path(name) or name, argument],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -474,7 +463,7 @@ def measure(
         ring_before = server_ring.ring_bytes()
         family = set(server.family())
         cpu_before = _server_cpu_s(app, server, family)
-        before = machine.HostTime.read(used)
+        before = cpu.HostTime.read(used)
         client = Child(
             app.name,
             app.client(at, seconds),
@@ -487,7 +476,7 @@ def measure(
             text = _output(client, client_ring, seconds)
             assert client.usage is not None
             client_cpu = client.usage.ru_utime + client.usage.ru_stime
-        host = machine.HostTime.read(used) - before
+        host = cpu.HostTime.read(used) - before
         server_ring.look(server.family())
         server_cpu = _server_cpu_s(app, server, family) - cpu_before
         ring = server_ring.ring_bytes() - ring_before + client_ring.ring_bytes()
@@ -507,8 +496,8 @@ def measure(
         p99_us=report.p99_us,
         # That there were rings at all: what the programs sent is not known exactly.
         ring_share=float(ring > 0) if setup == "kmap" else None,
-        steal=host.steal / host.total if host.total else 0.0,
-        foreign=max(0.0, host.busy - own) / host.total if host.total else 0.0,
+        steal=host.steal_share,
+        foreign=host.foreign_share(own),
     )
 
 

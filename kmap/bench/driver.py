@@ -20,6 +20,7 @@ from kmap import launch, native, procfs
 from kmap.bench import machine
 from kmap.bench.figures import Sample
 from kmap.bench.workloads import BOUND, SETUPS, Workload
+from kmap.demo.cpu import HostTime
 from kmap.demo.ringbytes import Collector
 from kmap.results import CommandFailed
 
@@ -164,10 +165,10 @@ def measure(
     else:
         argv += ["--seconds", f"{seconds:g}"]
     with _hogs(workload, place) as hogs:
-        before = machine.HostTime.read(place.used)
+        before = HostTime.read(place.used)
         hogs_before = machine.process_cpu_s(hogs)
         ran = run(argv, place.environments[setup], place.group, seconds)
-        host = machine.HostTime.read(place.used) - before
+        host = HostTime.read(place.used) - before
         own = ran.cpu_s + machine.process_cpu_s(hogs) - hogs_before
     result = ran.result
     server, client = result["server"], result["client"]
@@ -189,8 +190,8 @@ def measure(
         p50_us=result["rtt_ns"]["p50"] / 1000 if has_rtt else None,
         p99_us=result["rtt_ns"]["p99"] / 1000 if has_rtt else None,
         ring_share=_ring_share(ran) if setup == "kmap" else None,
-        steal=host.steal / host.total if host.total else 0.0,
-        foreign=max(0.0, host.busy - own) / host.total if host.total else 0.0,
+        steal=host.steal_share,
+        foreign=host.foreign_share(own),
     )
 
 

@@ -8,7 +8,6 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from kmap.results import CannotRun
@@ -34,38 +33,6 @@ def facts() -> dict[str, str]:
         path = Path("/proc/sys/net/ipv4/tcp_congestion_control")
         found["tcp_congestion_control"] = path.read_text().strip()
     return found
-
-
-@dataclass(frozen=True)
-class HostTime:
-    """Seconds of some CPUs since boot."""
-
-    busy: float
-    steal: float
-    total: float
-
-    @classmethod
-    def read(cls, cpus: Iterable[int]) -> HostTime:
-        """The times now."""
-        wanted = {f"cpu{cpu}" for cpu in cpus}
-        busy = steal = total = 0
-        with open("/proc/stat") as file:
-            for line in file:
-                name, *fields = line.split()
-                if name in wanted:
-                    ticks = [int(field) for field in fields[:8]]
-                    steal += ticks[7]
-                    total += sum(ticks)
-                    # Neither idle, nor waiting for a disk, nor somebody else's.
-                    busy += sum(ticks) - ticks[3] - ticks[4] - ticks[7]
-        return cls(busy * _TICK_S, steal * _TICK_S, total * _TICK_S)
-
-    def __sub__(self, before: HostTime) -> HostTime:
-        return HostTime(
-            self.busy - before.busy,
-            self.steal - before.steal,
-            self.total - before.total,
-        )
 
 
 def process_cpu_s(pids: Iterable[int]) -> float:

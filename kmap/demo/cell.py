@@ -53,7 +53,7 @@ def measure(
             report = wrk.report(client, seconds)
             assert client.usage is not None
             client_us = (client.usage.ru_utime + client.usage.ru_stime) * 1e6
-        steal = cpu.HostTime.read(host_cpus).steal_since(host)
+        steal = (cpu.HostTime.read(host_cpus) - host).steal_share
         cpu.settle([*envoy, *service])
         envoy_us = cpu.used_us(envoy) - envoy_before
         service_us = cpu.used_us(service) - service_before

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from kmap.results import UsageError
 
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _SETTLE_S = 2.0
 _SETTLE_STEP_S = 0.03
 _SETTLED_US = 300.0
@@ -50,8 +51,9 @@ def settle(pids: Iterable[int]) -> None:
 
 @dataclass(frozen=True)
 class HostTime:
-    """Ticks of some CPUs since boot."""
+    """Ticks of some CPUs since boot, or between two looks."""
 
+    busy: int
     steal: int
     total: int
 
@@ -59,7 +61,7 @@ class HostTime:
     def read(cls, cpus: Iterable[int]) -> HostTime:
         """The ticks now."""
         wanted = {f"cpu{cpu}" for cpu in cpus}
-        steal = total = 0
+        busy = steal = total = 0
         with open("/proc/stat") as file:
             for line in file:
                 name, *fields = line.split()
@@ -68,12 +70,26 @@ class HostTime:
                     ticks = [int(field) for field in fields[:8]]
                     steal += ticks[7]
                     total += sum(ticks)
-        return cls(steal, total)
+                    # Neither idle, nor waiting for a disk, nor somebody else's.
+                    busy += sum(ticks) - ticks[3] - ticks[4] - ticks[7]
+        return cls(busy, steal, total)
 
-    def steal_since(self, before: HostTime) -> float:
+    def __sub__(self, before: HostTime) -> HostTime:
+        return HostTime(
+            self.busy - before.busy,
+            self.steal - before.steal,
+            self.total - before.total,
+        )
+
+    @property
+    def steal_share(self) -> float:
         """The share of time that the hypervisor gave to others."""
-        total = self.total - before.total
-        return (self.steal - before.steal) / total if total else 0.0
+        return self.steal / self.total if self.total else 0.0
+
+    def foreign_share(self, own_s: float) -> float:
+        """The share that went to other programs than those that used own_s seconds."""
+        others = self.busy - own_s * _TICKS_PER_S
+        return max(0.0, others) / self.total if self.total else 0.0
 
 
 def parse_cpus(text: str | None) -> frozenset[int] | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.metadata
 import os
 import re
@@ -13,8 +14,8 @@ from pathlib import Path
 
 from kmap.results import CannotRun
 
-# Debian keeps nginx outside a user's PATH.
-_SEARCH_PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
+# Debian keeps nginx and PostgreSQL outside a user's PATH.
+_DIRECTORIES = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/lib/postgresql/*/bin")
 _VERSION_TIMEOUT_S = 20
 
 
@@ -71,8 +72,16 @@ def _version(argv: list[str], pattern: str) -> str:
     return match[1] if match else "unknown"
 
 
+def find_path(name: str) -> str | None:
+    """Where a program is, also beside a user's PATH."""
+    places = [os.environ.get("PATH", os.defpath)]
+    for pattern in _DIRECTORIES:
+        places.extend(sorted(glob.glob(pattern), reverse=True))
+    return shutil.which(name, path=os.pathsep.join(places))
+
+
 def _find(name: str, argument: str, pattern: str) -> Program | None:
-    path = shutil.which(name, path=_SEARCH_PATH)
+    path = find_path(name)
     return Program(path, _version([path, argument], pattern)) if path else None
 
 

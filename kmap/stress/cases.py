@@ -29,6 +29,7 @@ from kmap.stress.plan import (
     make_connection,
     make_connections,
     other,
+    without_fork,
 )
 from kmap.stress.stream import MAX_READ, MAX_SEND
 
@@ -36,17 +37,6 @@ from kmap.stress.stream import MAX_READ, MAX_SEND
 _LASTING = ("chatty", "mixed", "stream", "duplex")
 _NOFILE = "nofile"
 _ADDRESS_SPACE = "address-space"
-
-
-def without_fork(plan: ConnectionPlan) -> ConnectionPlan:
-    """The same connection in which no end forks."""
-
-    def end(before: EndPlan) -> EndPlan:
-        if before.fork == "halves":
-            return replace(before, fork="", threads=True)
-        return replace(before, fork="")
-
-    return replace(plan, ends={side: end(plan.ends[side]) for side in SIDES})
 
 
 def _unforked(

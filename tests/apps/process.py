@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import random
 import re
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from kmap import procfs
+from kmap.demo import programs
 
 PROGRAMS = Path(__file__).parent / "programs"
 DEADLINE_S = 30.0
@@ -30,16 +29,9 @@ _TICK_S = 0.01
 _COMPLAINT = re.compile(r"kmap\[\d+\]|^kmap: |libkmap|ld\.so", re.MULTILINE)
 
 
-# nginx and PostgreSQL keep their programs outside a user's PATH.
-_DIRECTORIES = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/lib/postgresql/*/bin")
-
-
 def find_program(name: str) -> str:
     """The path of an installed program; skips the test if there is none."""
-    places = [os.environ.get("PATH", os.defpath)]
-    for pattern in _DIRECTORIES:
-        places.extend(sorted(glob.glob(pattern), reverse=True))
-    found = shutil.which(name, path=os.pathsep.join(places))
+    found = programs.find_path(name)
     if found is None:
         pytest.skip(f"{name} is not installed; scripts/setup test installs it")
     return found

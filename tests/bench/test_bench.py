@@ -29,6 +29,7 @@ from kmap.bench.figures import (
 )
 from kmap.bench.session import BenchResult, Plan, Session
 from kmap.bench.workloads import WORKLOADS
+from kmap.demo import programs
 from kmap.results import CannotRun, CommandFailed, UsageError
 from tests.apps.process import find_program
 
@@ -164,7 +165,7 @@ def test_a_byte_that_differs_fails_the_run(tmp_path: Path, workload: str) -> Non
 
 
 def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apps, "find", lambda name: None)
+    monkeypatch.setattr(programs, "find_path", lambda name: None)
     plan = Plan(
         workloads=(),
         apps=(apps.APPS["sockperf"],),

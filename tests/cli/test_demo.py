@@ -171,7 +171,7 @@ def test_missing_program_is_named(
 
 
 def test_a_program_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs, "_SEARCH_PATH", "/nonexistent")
+    monkeypatch.setattr(programs, "find_path", lambda name: None)
     with pytest.raises(CannotRun, match="apt-get install nginx-light"):
         programs.find_nginx()
 

@@ -6,25 +6,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import glob
-import os
-import shutil
 import socket
 import struct
 
+from kmap.demo import programs
 from kmap.results import CannotRun
 
-_DIRECTORIES = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/lib/postgresql/*/bin")
 _CLONE_NEWNET = 0x40000000
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 
 
 def find(name: str) -> str:
     """The path of an installed program."""
-    places = [os.environ.get("PATH", os.defpath)]
-    for pattern in _DIRECTORIES:
-        places.extend(sorted(glob.glob(pattern), reverse=True))
-    found = shutil.which(name, path=os.pathsep.join(places))
+    found = programs.find_path(name)
     if found is None:
         raise CannotRun(f"{name} is not installed: scripts/setup test demo installs it")
     return found
