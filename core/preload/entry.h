@@ -45,8 +45,12 @@ KM_INLINE ssize_t km_result(ssize_t n)
 				km_plain_end(&plain, direction, n);                    \
 				return n;                                              \
 			}                                                              \
-			if (km_unlikely(km_stream_ended(f)))                           \
-				return real;                                           \
+			if (km_unlikely(km_stream_ended(f))) {                         \
+				n = real;                                              \
+				if (direction == KM_IN && km_stream_rest(f, fd, n))    \
+					continue;                                      \
+				return n;                                              \
+			}                                                              \
 			n = ring;                                                      \
 			if (km_likely(n != KM_RETRY))                                  \
 				return km_result(n);                                   \

@@ -22,10 +22,11 @@
 #define KM_RING_STEP 4u /* each level is this many times the one before */
 
 /* struct km_wire_ring.pflags, set by the producer, never cleared */
-#define KM_P_CUT 1u    /* cut is valid: the ring follows that many kernel bytes */
-#define KM_P_END 2u    /* end is valid: the kernel follows that ring position */
-#define KM_P_FIN 4u    /* the producer shut down writing; a kernel FIN follows */
-#define KM_P_CLOSED 8u /* the producer closed its socket altogether */
+#define KM_P_CUT 1u	/* cut is valid: the ring follows that many kernel bytes */
+#define KM_P_END 2u	/* end is valid: the kernel follows that ring position */
+#define KM_P_FIN 4u	/* the producer shut down writing; a kernel FIN follows */
+#define KM_P_CLOSED 8u	/* the producer closed its socket altogether */
+#define KM_P_RESENT 16u /* all that the consumer left has been handed to the kernel */
 
 /* wait words, set by the sleeper, cleared by whoever wakes it */
 #define KM_WAIT_FUTEX 1u

@@ -108,7 +108,7 @@ KM_COLD static bool take_rest(struct km_conn *conn, int fd)
 	uint32_t pflags = km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags);
 	int unread = 0;
 
-	if (!(pflags & KM_P_CUT) || (pflags & KM_P_END))
+	if (!(pflags & KM_P_CUT) || (pflags & (KM_P_END | KM_P_RESENT)))
 		return false;
 	/* Behind the flag, which orders it. */
 	cut = km_load_ordered(&conn->rx.wire->cut);
@@ -158,6 +158,23 @@ static ssize_t recv_ended(struct km_conn *conn, int fd, const struct iovec *iov,
 	if (km_load_relaxed(&conn->rx.wire->wpos) != conn->rx.r && take_rest(conn, fd))
 		return KM_RETRY;
 	return n ? n : kernel_end(conn, fd, flags);
+}
+
+bool km_stream_rest(struct km_file *f, int fd, ssize_t n)
+{
+	int kept = errno, err;
+	bool rest = false;
+	struct km_side d;
+
+	if (n > 0 || (n < 0 && (kept == EAGAIN || kept == EINTR)) ||
+	    !km_side_enter(f, fd, false, false, &d, &err))
+		return false;
+	if (d.conn->rx_phase == KM_PHASE_ENDED &&
+	    km_load_relaxed(&d.conn->rx.wire->wpos) != d.conn->rx.r)
+		rest = take_rest(d.conn, km_kernel_fd(f, fd));
+	km_side_leave(&d);
+	errno = kept;
+	return rest;
 }
 
 bool km_rx_begin(struct km_conn *conn)

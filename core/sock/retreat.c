@@ -109,6 +109,10 @@ ssize_t km_tx_resend(struct km_conn *conn, int fd)
 				1, MSG_NOSIGNAL);
 		if (n == -EAGAIN || n == -EINTR)
 			return -EAGAIN;
+		if (n == 0)
+			km_store_sync(FLAGS_SET, &conn->tx.wire->pflags,
+				      km_load_relaxed(&conn->tx.wire->pflags) |
+					      KM_P_RESENT);
 		if (n <= 0) {
 			/* All of it went, or the connection is over: the program's
 			 * own next call is told why. */

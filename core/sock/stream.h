@@ -55,17 +55,26 @@ KM_INLINE bool km_stream_by_kernel(const struct km_file *f)
 	       conn->tx_phase == KM_PHASE_ENDED;
 }
 
-/* And for good?  What was left in the ring may have to be read there after all, when its
- * producer dies. */
+/* Does the program's own call do all that is to be done?  What was left in the ring may
+ * have to be read there after all, when its producer dies.  Under a filter of its own the
+ * program's calls are the only ones that are sure to be let through: km_stream_rest looks
+ * behind them. */
 KM_INLINE bool km_stream_ended(const struct km_file *f)
 {
 	const struct km_conn *conn = f->conn;
 
 	return km_stream_by_kernel(f) &&
-	       km_load_relaxed(&conn->rx.wire->wpos) ==
-		       __atomic_load_n(&conn->rx.r, __ATOMIC_RELAXED) &&
+	       (km_load_relaxed(&conn->rx.wire->wpos) ==
+			__atomic_load_n(&conn->rx.r, __ATOMIC_RELAXED) ||
+		(km_load_relaxed(&conn->rx.wire->pflags) & KM_P_RESENT) ||
+		km_proc.filtered) &&
 	       !(km_load_relaxed(&conn->flags) & KM_CONN_RESET);
 }
+
+/* A call on a stream that has ended, in km_stream_ended's sense, returned n: is there
+ * something left in the ring that the kernel knows nothing of?  It is read there now.
+ * Leaves errno as it is. */
+bool km_stream_rest(struct km_file *f, int fd, ssize_t n);
 
 /* Are there bytes of the ring still to be read before those of the kernel? */
 bool km_stream_behind(struct km_file *f, int fd);
