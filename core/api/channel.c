@@ -313,7 +313,7 @@ ssize_t kmap_channel_write(kmap_channel *ch, const void *buf, size_t len,
 			return -EPIPE;
 		if (gone || km_load_relaxed(&ch->dead))
 			return -ECONNRESET;
-		n = km_ring_write(&ch->tx, &iov, 1);
+		n = km_ring_write(&ch->tx, &iov, 1, SIZE_MAX);
 		if (km_unlikely(ch->tx.level != level))
 			km_add_relaxed(&ch->grows, ch->tx.level - level);
 		if (n > 0) {

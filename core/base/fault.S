@@ -136,6 +136,69 @@ km_user_copy:
 	.cfi_endproc
 	.size km_user_copy, .-km_user_copy
 
+	.globl km_user_copy_far
+	.hidden km_user_copy_far
+	.type km_user_copy_far, @function
+	.p2align 6
+/* As km_user_copy, at least KM_FAR_FROM bytes.  The stores do not fetch the lines that
+ * they fill; they are weakly ordered, so that the fence belongs to the copy. */
+km_user_copy_far:
+	.cfi_startproc
+	endbr64
+	movq %rcx, %r8
+	movups (%rsi), %xmm0
+	movups 16(%rsi), %xmm1
+	movups 32(%rsi), %xmm2
+	movups 48(%rsi), %xmm3
+	movups -64(%rsi,%rdx), %xmm4
+	movups -48(%rsi,%rdx), %xmm5
+	movups -32(%rsi,%rdx), %xmm6
+	movups -16(%rsi,%rdx), %xmm7
+	movups %xmm0, (%rdi)
+	movups %xmm1, 16(%rdi)
+	movups %xmm2, 32(%rdi)
+	movups %xmm3, 48(%rdi)
+	movups %xmm4, -64(%rdi,%rdx)
+	movups %xmm5, -48(%rdi,%rdx)
+	movups %xmm6, -32(%rdi,%rdx)
+	movups %xmm7, -16(%rdi,%rdx)
+	leaq 64(%rdi), %rax
+	andq $-64, %rax
+	leaq -64(%rdi,%rdx), %rcx
+	subq %rdi, %rsi
+	addq %rax, %rsi
+	movq %rax, %rdi
+	subq %rax, %rcx
+	/* Whole lines: the last 64 bytes have been written. */
+	andq $-64, %rcx
+	jz 2f
+	.p2align 4
+1:	movups (%rsi), %xmm0
+	movups 16(%rsi), %xmm1
+	movups 32(%rsi), %xmm2
+	movups 48(%rsi), %xmm3
+	movntdq %xmm0, (%rdi)
+	movntdq %xmm1, 16(%rdi)
+	movntdq %xmm2, 32(%rdi)
+	movntdq %xmm3, 48(%rdi)
+	addq $64, %rsi
+	addq $64, %rdi
+	subq $64, %rcx
+	jnz 1b
+2:	movups (%rsi), %xmm0
+	movups 16(%rsi), %xmm1
+	movups 32(%rsi), %xmm2
+	movups 48(%rsi), %xmm3
+	movups %xmm0, (%rdi)
+	movups %xmm1, 16(%rdi)
+	movups %xmm2, 32(%rdi)
+	movups %xmm3, 48(%rdi)
+	sfence
+	xorl %eax, %eax
+	ret
+	.cfi_endproc
+	.size km_user_copy_far, .-km_user_copy_far
+
 	.globl km_user_probe
 	.hidden km_user_probe
 	.type km_user_probe, @function

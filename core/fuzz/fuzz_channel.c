@@ -170,7 +170,7 @@ static void liar_io(struct bout *b, bool reads)
 	if (reads)
 		km_ring_read(&b->rx, &iov, 1, 0);
 	else
-		km_ring_write(&b->tx, &iov, 1);
+		km_ring_write(&b->tx, &iov, 1, SIZE_MAX);
 }
 
 static void step(struct bout *b)

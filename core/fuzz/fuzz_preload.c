@@ -143,7 +143,7 @@ static void liar_acts(struct bout *b, uint64_t how)
 			km_store_seq(&l->tx.wire->cut, 3 + (how >> 6 == 3));
 			km_or_seq(&l->tx.wire->pflags, KM_P_CUT);
 		}
-		km_ring_write(&l->tx, &iov, 1);
+		km_ring_write(&l->tx, &iov, 1, SIZE_MAX);
 		break;
 	case 2:
 	case 3:

@@ -227,7 +227,7 @@ static void take(const struct record *record, const uint8_t *bytes)
 		return;
 	}
 	km_producer_init(&left, f->conn->rx.wire, f->conn->rx.data, size);
-	km_ring_write(&left, &iov, 1);
+	km_ring_write(&left, &iov, 1, SIZE_MAX);
 	km_store_ordered(&left.wire->end, record->bytes);
 	km_store_sync(FLAGS_SET, &left.wire->pflags, KM_P_CUT | KM_P_END);
 	f->conn->rx_left = record->before;

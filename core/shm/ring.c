@@ -93,14 +93,24 @@ static int make_room(struct km_producer *p, uint64_t want)
 	return 0;
 }
 
+bool km_ring_consumer_elsewhere(const struct km_producer *p)
+{
+	uint32_t cpu = km_load_relaxed(&p->wire->ccpu);
+
+	return cpu && cpu != km_this_cpu();
+}
+
 static int copy_in(struct km_producer *p, uint64_t at, const uint8_t *from, size_t n)
 {
 	size_t pos = at & (p->size - 1);
 	size_t first = KM_MIN(n, p->size - pos);
-	int err = km_copy_in(p->base + pos, from, first);
+	bool far = km_unlikely(n >= KM_FAR_FROM) && km_ring_consumer_elsewhere(p);
+	int err = far ? km_copy_in_far(p->base + pos, from, first)
+		      : km_copy_in(p->base + pos, from, first);
 
 	if (km_unlikely(first < n && err == 0))
-		err = km_copy_in(p->base, from + first, n - first);
+		err = far ? km_copy_in_far(p->base, from + first, n - first)
+			  : km_copy_in(p->base, from + first, n - first);
 	return err;
 }
 
@@ -127,7 +137,8 @@ static void release_space(struct km_consumer *c)
 	km_store_sync(RELEASE_SPACE, &c->wire->rpos, c->r);
 }
 
-ssize_t km_ring_write(struct km_producer *p, const struct iovec *iov, int iovcnt)
+ssize_t km_ring_write(struct km_producer *p, const struct iovec *iov, int iovcnt,
+		      size_t most)
 {
 	uint64_t want = 0, room, at = p->w;
 
@@ -135,7 +146,7 @@ ssize_t km_ring_write(struct km_producer *p, const struct iovec *iov, int iovcnt
 		want += iov[i].iov_len;
 	if (make_room(p, want) < 0)
 		return -EPROTO;
-	room = free_space(p);
+	room = KM_MIN(free_space(p), most);
 	if (room)
 		KM_FAULT(WRITE_COPY);
 	for (int i = 0; i < iovcnt && room; i++) {
@@ -217,10 +228,21 @@ static void enter_level(struct km_consumer *c, uint32_t level)
 	c->base = c->data + c->geo.offset[level];
 }
 
+static void took(struct km_consumer *c, uint64_t at, uint32_t level)
+{
+	KM_FAULT(READ_COPIED);
+	if (level != c->level)
+		enter_level(c, level);
+	c->r = at;
+	release_space(c);
+	KM_FAULT(READ_RELEASED);
+}
+
 ssize_t km_ring_read(struct km_consumer *c, const struct iovec *iov, int iovcnt,
 		     unsigned how)
 {
-	uint64_t at = c->r;
+	const uint64_t from = c->r;
+	uint64_t at = from;
 	uint32_t level = c->level;
 	int i = 0;
 	size_t done = 0; /* in iov[i] */
@@ -239,29 +261,28 @@ ssize_t km_ring_read(struct km_consumer *c, const struct iovec *iov, int iovcnt,
 			return -EPROTO;
 		n = KM_MIN((size_t)here, iov[i].iov_len - done);
 		n = KM_MIN(n, size - pos);
+		n = KM_MIN(n, KM_RING_PIECE);
 		if (n && !(how & KM_RING_DISCARD) &&
 		    km_unlikely(km_copy_out((uint8_t *)iov[i].iov_base + done,
-					    base + pos, n) < 0))
-			return -EFAULT;
+					    base + pos, n) < 0)) {
+			if (c->r == from)
+				return -EFAULT;
+			at = c->r;
+			break;
+		}
 		at += n;
 		done += n;
 		if (done == iov[i].iov_len) {
 			i++;
 			done = 0;
 		}
+		/* A producer that waits for space can go on meanwhile. */
+		if (at - c->r >= KM_RING_PIECE && at < c->w && !(how & KM_RING_PEEK))
+			took(c, at, level);
 	}
-	if (at == c->r)
-		return 0;
-	done = at - c->r;
-	if (!(how & KM_RING_PEEK)) {
-		KM_FAULT(READ_COPIED);
-		if (level != c->level)
-			enter_level(c, level);
-		c->r = at;
-		release_space(c);
-		KM_FAULT(READ_RELEASED);
-	}
-	return (ssize_t)done;
+	if (at != c->r && !(how & KM_RING_PEEK))
+		took(c, at, level);
+	return (ssize_t)(at - from);
 }
 
 ssize_t km_ring_bytes(struct km_consumer *c, const uint8_t **at)

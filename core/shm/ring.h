@@ -62,19 +62,27 @@ void km_producer_init(struct km_producer *p, struct km_wire_ring *wire, void *da
 void km_consumer_init(struct km_consumer *c, struct km_wire_ring *wire, void *data,
 		      uint32_t ring_size);
 
-/*
- * Copies as much of iov as fits, growing the ring if that helps, and publishes
- * it with one store.  Returns the count, 0 when full, -EPROTO when the consumer
- * published an impossible position, -EFAULT when a buffer could not be read: then
- * nothing was put in.
- */
-ssize_t km_ring_write(struct km_producer *p, const struct iovec *iov, int iovcnt);
+/* Large copies are handed over in pieces of this many bytes, so that the other end can
+ * work on one while this end works on the next.  An eighth of a ring of the usual size; see
+ * docs/decisions/0012-copies-to-another-cpu.md. */
+#define KM_RING_PIECE 32768u
 
 /*
- * Copies up to what iov holds and frees its space.  With KM_RING_PEEK it frees
- * nothing, with KM_RING_DISCARD it copies nothing.  Returns the count, 0 when empty,
- * -EPROTO when the producer published an impossible position, -EFAULT when a buffer
- * could not be written: then nothing was taken.
+ * Copies as much of iov as fits, most bytes at the most, growing the ring if that helps
+ * all of iov, and publishes it with one store.  Returns the count, 0 when full, -EPROTO
+ * when the consumer published an impossible position, -EFAULT when a buffer could not be
+ * read: then nothing was put in.
+ */
+ssize_t km_ring_write(struct km_producer *p, const struct iovec *iov, int iovcnt,
+		      size_t most);
+/* Does the consumer run on another CPU than this end, as far as is known? */
+bool km_ring_consumer_elsewhere(const struct km_producer *p);
+
+/*
+ * Copies up to what iov holds and frees its space, piece by piece.  With KM_RING_PEEK it
+ * frees nothing, with KM_RING_DISCARD it copies nothing.  Returns the count, 0 when
+ * empty, -EPROTO when the producer published an impossible position, -EFAULT when a
+ * buffer could not be written and no piece was taken before.
  */
 #define KM_RING_PEEK 1u
 #define KM_RING_DISCARD 2u

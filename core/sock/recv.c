@@ -474,8 +474,10 @@ ssize_t km_recv(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 			km_side_leave(&d);
 			if (flags & MSG_PEEK)
 				return km_wait_done(f, &w, n);
-			if (n > 0)
+			if (n > 0) {
 				done += (size_t)n;
+				w.naps = 0;
+			}
 			if (n <= 0 || done >= KM_MIN(enough, want))
 				return km_wait_done(f, &w, done ? (ssize_t)done : n);
 			if (iovcnt > (int)KM_COUNT(rest))

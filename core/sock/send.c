@@ -76,27 +76,63 @@ static void published(struct km_file *f, struct km_conn *conn, int fd)
 		check_consumer(conn, fd);
 }
 
-static ssize_t send_ring(struct km_file *f, struct km_conn *conn, int fd,
-			 const struct iovec *iov, int iovcnt)
+/* One attempt to put something into the ring, at most that many bytes. */
+static ssize_t put(struct km_file *f, struct km_conn *conn, int fd,
+		   const struct iovec *iov, int iovcnt, size_t most)
 {
 	uint32_t level = conn->tx.level;
-	ssize_t n;
+	ssize_t n = km_ring_write(&conn->tx, iov, iovcnt, most);
 
-	if (km_unlikely(peer_stopped(conn))) {
-		km_tx_end(conn);
-		return KM_RETRY;
-	}
-	n = km_ring_write(&conn->tx, iov, iovcnt);
 	if (km_likely(n > 0)) {
 		conn->row.ring_tx_bytes = conn->tx.w;
 		conn->row.tx_seen = conn->tx.r;
 		published(f, conn, fd);
 		if (km_unlikely(conn->tx.level != level))
 			km_count(KM_COUNT_GROWS);
-		return n;
 	}
-	/* Nothing to send, and this was the cut-over. */
-	if (n < 0 || km_iov_total(iov, iovcnt) == 0)
+	return n;
+}
+
+/* More than a piece to a consumer that runs beside this end: it is told of each. */
+static ssize_t put_pieces(struct km_file *f, struct km_conn *conn, int fd,
+			  const struct iovec *iov, int iovcnt)
+{
+	struct iovec rest[KM_IOV_MOST];
+	size_t done = 0;
+	ssize_t n;
+
+	for (;;) {
+		n = put(f, conn, fd, iov, iovcnt, KM_RING_PIECE);
+		if (n <= 0)
+			break;
+		done += (size_t)n;
+		if (n < (ssize_t)KM_RING_PIECE || conn->tx_phase != KM_PHASE_RING ||
+		    peer_stopped(conn))
+			break;
+		iovcnt = km_iov_advance(iov, iovcnt, (size_t)n, rest);
+		if (iovcnt == 0)
+			break;
+		iov = rest;
+	}
+	return done ? (ssize_t)done : n;
+}
+
+static ssize_t send_ring(struct km_file *f, struct km_conn *conn, int fd,
+			 const struct iovec *iov, int iovcnt)
+{
+	size_t want;
+	ssize_t n;
+
+	if (km_unlikely(peer_stopped(conn))) {
+		km_tx_end(conn);
+		return KM_RETRY;
+	}
+	want = km_iov_total(iov, iovcnt);
+	n = km_unlikely(want > KM_RING_PIECE) && km_ring_consumer_elsewhere(&conn->tx)
+		    ? put_pieces(f, conn, fd, iov, iovcnt)
+		    : put(f, conn, fd, iov, iovcnt, want);
+	/* 0 with nothing to send: this was the cut-over. */
+	if (km_likely(n != 0) || want == 0)
 		return n;
 	KM_FAULT(WRITE_FULL);
 	if (km_tx_left(conn)) {
@@ -207,6 +243,8 @@ ssize_t km_send(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 		}
 		if (n >= 0)
 			done += (size_t)n;
+		if (n > 0)
+			w.naps = 0;
 		if (n > 0 && done < want) {
 			/* Goes on even when it must not block: only an attempt that
 			 * finds the ring full asks to be told of space. */

@@ -8,6 +8,11 @@
 #include "base/fault.h"
 
 #define ROOM 8192
+#if defined(__x86_64__)
+#define far_copy km_user_copy_far
+#else
+#define far_copy km_user_copy
+#endif
 
 static size_t page;
 static sigjmp_buf back;
@@ -33,45 +38,47 @@ static uint8_t *pages(size_t count, int protection)
 	return p + page;
 }
 
-static void sizes_and_places(void)
+typedef int copier(void *dst, const void *src, size_t n, const void *user);
+
+static void sizes_and_places(copier *copy, size_t least)
 {
 	static uint8_t from[ROOM], to[ROOM];
 
 	for (size_t i = 0; i < ROOM; i++)
 		from[i] = (uint8_t)(i * 31 + i / 256);
-	for (size_t n = 0; n < ROOM - 256; n += n < 600 ? 1 : 97) {
+	for (size_t n = least; n < ROOM - 256; n += n < least + 600 ? 1 : 97) {
 		const uint8_t *src = from + n % 67;
 		uint8_t *dst = to + 1 + n % 131;
 
 		memset(to, 0xee, sizeof(to));
-		CHECK_IS(km_user_copy(dst, src, n, src), 0);
+		CHECK_IS(copy(dst, src, n, src), 0);
 		CHECK_IS(memcmp(dst, src, n), 0);
 		CHECK(dst[-1] == 0xee && dst[n] == 0xee);
 	}
 }
 
 /* A copy that ends where the memory does works, and one byte further it does not. */
-static void ends(void)
+static void ends(copier *copy, size_t least)
 {
 	uint8_t *user = pages(2, PROT_READ | PROT_WRITE);
 	uint8_t *end = user + 2 * page;
 	static uint8_t own[2 * 65536];
 
-	for (size_t n = 1; n <= 2 * page; n += n < 600 ? 1 : 97) {
-		CHECK_IS(km_user_copy(own, end - n, n, end - n), 0);
-		CHECK_IS(km_user_copy(end - n, own, n, end - n), 0);
-		CHECK_IS(km_user_copy(own, user, n, user), 0);
-		CHECK_IS(km_user_copy(own, end - n + 1, n, end - n + 1), -EFAULT);
-		CHECK_IS(km_user_copy(end - n + 1, own, n, end - n + 1), -EFAULT);
-		CHECK_IS(km_user_copy(own, user - 1, n, user - 1), -EFAULT);
-		CHECK_IS(km_user_copy(user - 1, own, n, user - 1), -EFAULT);
+	for (size_t n = least; n <= 2 * page; n += n < least + 600 ? 1 : 97) {
+		CHECK_IS(copy(own, end - n, n, end - n), 0);
+		CHECK_IS(copy(end - n, own, n, end - n), 0);
+		CHECK_IS(copy(own, user, n, user), 0);
+		CHECK_IS(copy(own, end - n + 1, n, end - n + 1), -EFAULT);
+		CHECK_IS(copy(end - n + 1, own, n, end - n + 1), -EFAULT);
+		CHECK_IS(copy(own, user - 1, n, user - 1), -EFAULT);
+		CHECK_IS(copy(user - 1, own, n, user - 1), -EFAULT);
 		CHECK_IS(km_user_probe(end - n, n), 0);
 		CHECK_IS(km_user_probe(end - n, n + 1), -EFAULT);
 		CHECK_IS(km_user_probe(user - 1, n + 1), -EFAULT);
 	}
 	CHECK_IS(mprotect(user, 2 * page, PROT_READ), 0);
-	CHECK_IS(km_user_copy(own, user, page, user), 0);
-	CHECK_IS(km_user_copy(user, own, page, user), -EFAULT);
+	CHECK_IS(copy(own, user, page, user), 0);
+	CHECK_IS(copy(user, own, page, user), -EFAULT);
 }
 
 static void bad_everywhere(void)
@@ -147,12 +154,15 @@ int main(void)
 	action.sa_sigaction = on_signal;
 	CHECK_IS(sigaction(SIGSEGV, &action, NULL), 0);
 	CHECK(!km_fault_recall(SIGSEGV, &kept));
-	sizes_and_places();
+	sizes_and_places(km_user_copy, 0);
+	sizes_and_places(far_copy, KM_FAR_FROM);
 	km_fault_arm();
 	CHECK(km_fault_recall(SIGSEGV, &kept));
 	CHECK(!km_fault_recall(SIGUSR1, &kept));
-	sizes_and_places();
-	ends();
+	sizes_and_places(km_user_copy, 0);
+	sizes_and_places(far_copy, KM_FAR_FROM);
+	ends(km_user_copy, 1);
+	ends(far_copy, KM_FAR_FROM);
 	bad_everywhere();
 	shrunk_file();
 	faults_of_others();

@@ -43,7 +43,7 @@ static void *produce(void *arg)
 			to[i] = byte_at(at + i);
 		n = (ssize_t)want;
 		if (!run->in_place)
-			n = km_ring_write(&run->p, &iov, 1);
+			n = km_ring_write(&run->p, &iov, 1, SIZE_MAX);
 		else if (n)
 			km_ring_produced(&run->p, want);
 		CHECK(n >= 0);

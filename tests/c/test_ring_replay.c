@@ -22,7 +22,7 @@ static void put(struct km_producer *p, size_t n)
 
 	for (size_t i = 0; i < n; i++)
 		bytes[i] = byte_at(p->w + i);
-	CHECK_IS(km_ring_write(p, &iov, 1), (ssize_t)n);
+	CHECK_IS(km_ring_write(p, &iov, 1, SIZE_MAX), (ssize_t)n);
 	free(bytes);
 }
 
