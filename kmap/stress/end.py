@@ -121,6 +121,12 @@ class End(Flow):
             else:
                 how = {"shut-rd": 0, "shut-wr": 1, "shut-rdwr": 2}[act]
                 try:
+                    if act != "shut-wr":
+                        # A writer that the window holds up would, on the kernel too,
+                        # wait for the minute that FIN-WAIT-2 lasts.
+                        self.sock.setsockopt(
+                            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                        )
                     self.sock.shutdown(how)
                 except OSError as error:
                     # The peer has reset the connection already.
