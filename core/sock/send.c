@@ -77,8 +77,8 @@ static void published(struct km_file *f, struct km_conn *conn, int fd)
 }
 
 /* One attempt to put something into the ring, at most that many bytes. */
-static ssize_t put(struct km_file *f, struct km_conn *conn, int fd,
-		   const struct iovec *iov, int iovcnt, size_t most)
+KM_INLINE ssize_t put(struct km_file *f, struct km_conn *conn, int fd,
+		      const struct iovec *iov, int iovcnt, size_t most)
 {
 	uint32_t level = conn->tx.level;
 	ssize_t n = km_ring_write(&conn->tx, iov, iovcnt, most);
@@ -94,8 +94,8 @@ static ssize_t put(struct km_file *f, struct km_conn *conn, int fd,
 }
 
 /* More than a piece to a consumer that runs beside this end: it is told of each. */
-static ssize_t put_pieces(struct km_file *f, struct km_conn *conn, int fd,
-			  const struct iovec *iov, int iovcnt)
+KM_COLD static ssize_t put_pieces(struct km_file *f, struct km_conn *conn, int fd,
+				  const struct iovec *iov, int iovcnt)
 {
 	struct iovec rest[KM_IOV_MOST];
 	size_t done = 0;
@@ -117,17 +117,16 @@ static ssize_t put_pieces(struct km_file *f, struct km_conn *conn, int fd,
 	return done ? (ssize_t)done : n;
 }
 
+/* want: bytes in iov */
 static ssize_t send_ring(struct km_file *f, struct km_conn *conn, int fd,
-			 const struct iovec *iov, int iovcnt)
+			 const struct iovec *iov, int iovcnt, size_t want)
 {
-	size_t want;
 	ssize_t n;
 
 	if (km_unlikely(peer_stopped(conn))) {
 		km_tx_end(conn);
 		return KM_RETRY;
 	}
-	want = km_iov_total(iov, iovcnt);
 	n = km_unlikely(want > KM_RING_PIECE) && km_ring_consumer_elsewhere(&conn->tx)
 		    ? put_pieces(f, conn, fd, iov, iovcnt)
 		    : put(f, conn, fd, iov, iovcnt, want);
@@ -174,7 +173,7 @@ static ssize_t by_kernel(struct km_conn *conn, int fd, const struct iovec *iov,
 }
 
 static ssize_t send_once(struct km_file *f, struct km_conn *conn, int fd,
-			 const struct iovec *iov, int iovcnt, int flags)
+			 const struct iovec *iov, int iovcnt, size_t want, int flags)
 {
 	ssize_t n;
 
@@ -187,7 +186,7 @@ static ssize_t send_once(struct km_file *f, struct km_conn *conn, int fd,
 		case KM_PHASE_KERNEL:
 			/* A send of nothing has no byte to begin with on the ring. */
 			if (may_cut(f, conn) && !peer_stopped(conn) &&
-			    !(flags & MSG_OOB) && km_iov_total(iov, iovcnt)) {
+			    !(flags & MSG_OOB) && want) {
 				/* Without the position there is no cut. */
 				if (cut_tx(conn, fd) < 0)
 					stay(conn);
@@ -205,7 +204,7 @@ static ssize_t send_once(struct km_file *f, struct km_conn *conn, int fd,
 			if (km_unlikely(km_load_relaxed(&conn->kernel_bits)) &&
 			    km_peer_died(conn, fd, flags))
 				return flags & KM_MSG_MOVED ? -EPIPE : -ECONNRESET;
-			n = send_ring(f, conn, fd, iov, iovcnt);
+			n = send_ring(f, conn, fd, iov, iovcnt, want);
 			if (n == KM_RETRY)
 				continue;
 			return n;
@@ -235,7 +234,7 @@ ssize_t km_send(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 			km_side_leave(&d);
 			return 0;
 		}
-		n = send_once(f, d.conn, km_kernel_fd(f, fd), iov, iovcnt,
+		n = send_once(f, d.conn, km_kernel_fd(f, fd), iov, iovcnt, want - done,
 			      done ? flags | KM_MSG_MOVED : flags);
 		if (n == -EPROTO) {
 			km_stream_reset(d.conn);
