@@ -22,11 +22,10 @@
 	.type km_user_copy, @function
 	.p2align 6
 km_user_begin:
-/* rdi: to, rsi: from, rdx: length, rcx: start of the program's range */
+/* rdi: to, rsi: from, rdx: length, ecx: far, r8: start of the program's range */
 km_user_copy:
 	.cfi_startproc
 	endbr64
-	movq %rcx, %r8
 	cmpq $16, %rdx
 	jb 10f
 	cmpq $32, %rdx
@@ -69,11 +68,13 @@ km_user_copy:
 	 * destination is aligned. */
 3:	leaq 64(%rdi), %rax
 	andq $-64, %rax
-	leaq -64(%rdi,%rdx), %rcx
+	leaq -64(%rdi,%rdx), %r9
 	subq %rdi, %rsi
 	addq %rax, %rsi
 	movq %rax, %rdi
-	subq %rax, %rcx
+	subq %rax, %r9
+	testl %ecx, %ecx
+	jnz 6f
 	cmpq $WIDE_FROM, %rdx
 	jb 4f
 	cmpb $0, km_user_wide(%rip)
@@ -85,7 +86,7 @@ km_user_copy:
 	vmovdqa %ymm1, 32(%rdi)
 	addq $64, %rsi
 	addq $64, %rdi
-	subq $64, %rcx
+	subq $64, %r9
 	ja 5b
 	vzeroupper
 	xorl %eax, %eax
@@ -101,8 +102,26 @@ km_user_copy:
 	movaps %xmm3, 48(%rdi)
 	addq $64, %rsi
 	addq $64, %rdi
-	subq $64, %rcx
+	subq $64, %r9
 	ja 4b
+	xorl %eax, %eax
+	ret
+	/* Stores of whole lines that do not fetch them.  They are weakly ordered, so that
+	 * the fence belongs to the copy. */
+	.p2align 4
+6:	movups (%rsi), %xmm0
+	movups 16(%rsi), %xmm1
+	movups 32(%rsi), %xmm2
+	movups 48(%rsi), %xmm3
+	movntdq %xmm0, (%rdi)
+	movntdq %xmm1, 16(%rdi)
+	movntdq %xmm2, 32(%rdi)
+	movntdq %xmm3, 48(%rdi)
+	addq $64, %rsi
+	addq $64, %rdi
+	subq $64, %r9
+	ja 6b
+	sfence
 	xorl %eax, %eax
 	ret
 10:	cmpq $8, %rdx
@@ -135,69 +154,6 @@ km_user_copy:
 	ret
 	.cfi_endproc
 	.size km_user_copy, .-km_user_copy
-
-	.globl km_user_copy_far
-	.hidden km_user_copy_far
-	.type km_user_copy_far, @function
-	.p2align 6
-/* As km_user_copy, at least KM_FAR_FROM bytes.  The stores do not fetch the lines that
- * they fill; they are weakly ordered, so that the fence belongs to the copy. */
-km_user_copy_far:
-	.cfi_startproc
-	endbr64
-	movq %rcx, %r8
-	movups (%rsi), %xmm0
-	movups 16(%rsi), %xmm1
-	movups 32(%rsi), %xmm2
-	movups 48(%rsi), %xmm3
-	movups -64(%rsi,%rdx), %xmm4
-	movups -48(%rsi,%rdx), %xmm5
-	movups -32(%rsi,%rdx), %xmm6
-	movups -16(%rsi,%rdx), %xmm7
-	movups %xmm0, (%rdi)
-	movups %xmm1, 16(%rdi)
-	movups %xmm2, 32(%rdi)
-	movups %xmm3, 48(%rdi)
-	movups %xmm4, -64(%rdi,%rdx)
-	movups %xmm5, -48(%rdi,%rdx)
-	movups %xmm6, -32(%rdi,%rdx)
-	movups %xmm7, -16(%rdi,%rdx)
-	leaq 64(%rdi), %rax
-	andq $-64, %rax
-	leaq -64(%rdi,%rdx), %rcx
-	subq %rdi, %rsi
-	addq %rax, %rsi
-	movq %rax, %rdi
-	subq %rax, %rcx
-	/* Whole lines: the last 64 bytes have been written. */
-	andq $-64, %rcx
-	jz 2f
-	.p2align 4
-1:	movups (%rsi), %xmm0
-	movups 16(%rsi), %xmm1
-	movups 32(%rsi), %xmm2
-	movups 48(%rsi), %xmm3
-	movntdq %xmm0, (%rdi)
-	movntdq %xmm1, 16(%rdi)
-	movntdq %xmm2, 32(%rdi)
-	movntdq %xmm3, 48(%rdi)
-	addq $64, %rsi
-	addq $64, %rdi
-	subq $64, %rcx
-	jnz 1b
-2:	movups (%rsi), %xmm0
-	movups 16(%rsi), %xmm1
-	movups 32(%rsi), %xmm2
-	movups 48(%rsi), %xmm3
-	movups %xmm0, (%rdi)
-	movups %xmm1, 16(%rdi)
-	movups %xmm2, 32(%rdi)
-	movups %xmm3, 48(%rdi)
-	sfence
-	xorl %eax, %eax
-	ret
-	.cfi_endproc
-	.size km_user_copy_far, .-km_user_copy_far
 
 	.globl km_user_probe
 	.hidden km_user_probe
@@ -258,10 +214,12 @@ km_fault_return:
 	.type km_user_copy, %function
 	.p2align 6
 km_user_begin:
-/* x0: to, x1: from, x2: length, x3: start of the program's range */
+/* x0: to, x1: from, x2: length, w3: far (no use is made of it), x4: start of the
+ * program's range */
 km_user_copy:
 	.cfi_startproc
 	hint #34 /* bti c */
+	mov x3, x4
 	add x4, x1, x2
 	add x5, x0, x2
 	cmp x2, #16

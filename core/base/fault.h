@@ -22,40 +22,29 @@
 #include "base/compiler.h"
 
 /* user is the end (dst or src) that the program named.  0 or -EFAULT; then an unknown
- * part of dst is written. */
-int km_user_copy(void *dst, const void *src, size_t n, const void *user);
-/* The same for n >= KM_FAR_FROM bytes that another CPU reads next: its caches hold the
- * lines of dst, and stores that do not fetch them first are several times as fast
- * (docs/decisions/0012-copies-to-another-cpu.md).  x86-64 only. */
+ * part of dst is written.  far: another CPU reads dst next, and had it in its caches:
+ * stores that do not fetch the lines first are then several times as fast, from
+ * KM_FAR_FROM bytes on (docs/decisions/0012-copies-to-another-cpu.md; x86-64 only). */
 #define KM_FAR_FROM 2048u
-int km_user_copy_far(void *dst, const void *src, size_t n, const void *user);
+int km_user_copy(void *dst, const void *src, size_t n, bool far, const void *user);
 /* Reads a byte of every page of [user, user + n).  0 or -EFAULT. */
 int km_user_probe(const void *user, size_t n);
 
-KM_INLINE int km_copy_in(void *dst, const void *user, size_t n)
+KM_INLINE int km_copy_in(void *dst, const void *user, size_t n, bool far)
 {
 #ifdef KM_GUARDED
-	return km_user_copy(dst, user, n, user);
+	return km_user_copy(dst, user, n, far, user);
 #else
+	(void)far;
 	memcpy(dst, user, n);
 	return 0;
 #endif
 }
 
-/* km_copy_in to where another CPU reads it. */
-KM_INLINE int km_copy_in_far(void *dst, const void *user, size_t n)
-{
-#if defined(KM_GUARDED) && defined(__x86_64__)
-	if (n >= KM_FAR_FROM)
-		return km_user_copy_far(dst, user, n, user);
-#endif
-	return km_copy_in(dst, user, n);
-}
-
 KM_INLINE int km_copy_out(void *user, const void *src, size_t n)
 {
 #ifdef KM_GUARDED
-	return km_user_copy(user, src, n, user);
+	return km_user_copy(user, src, n, false, user);
 #else
 	memcpy(user, src, n);
 	return 0;
@@ -89,7 +78,7 @@ KM_INLINE bool km_user_readable(const void *user, size_t n)
 
 KM_INLINE bool km_user_get(void *to, const void *user, size_t n)
 {
-	return km_user_readable(user, n) && km_copy_in(to, user, n) == 0;
+	return km_user_readable(user, n) && km_copy_in(to, user, n, false) == 0;
 }
 
 /* The kernel's own form of struct sigaction. */

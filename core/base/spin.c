@@ -32,7 +32,7 @@ static int64_t time_for(struct km_spin *spin, uint32_t peer_cpu)
 	uint32_t most = (uint32_t)km_proc.options.spin_us * 1000;
 	uint32_t limit, rest;
 
-	if (most == 0 || peer_cpu == 0 || peer_cpu == km_this_cpu())
+	if (most == 0 || !km_elsewhere(peer_cpu))
 		return 0;
 	limit = km_load_relaxed(&spin->limit);
 	if (limit)

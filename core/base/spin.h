@@ -49,6 +49,15 @@ KM_INLINE uint32_t km_this_cpu(void)
 	return 1 + *(volatile uint32_t *)(thread + (uintptr_t)km_rseq_offset + 4);
 }
 
+/* Is cpu, a number as from km_this_cpu, another CPU than the one of the calling thread?
+ * Not where either is unknown. */
+KM_INLINE bool km_elsewhere(uint32_t cpu)
+{
+	uint32_t here = km_this_cpu();
+
+	return cpu && here && cpu != here;
+}
+
 /* Asks has_news(what) again and again for as long as a wait for a peer that was last seen
  * on that CPU may spin, left nanoseconds at the most.  Is there news?  If not, or if it
  * may not spin, sleep.  Signal handlers run meanwhile, and do not end it. */

@@ -182,7 +182,7 @@ static ssize_t receive_from(struct km_file *f, int fd, void *buf, size_t n, int 
 	if (got < 0 || !addr)
 		return got;
 	/* What was received is gone, as it is on the kernel. */
-	if (km_copy_in(&room, len, sizeof(room)) < 0)
+	if (km_copy_in(&room, len, sizeof(room), false) < 0)
 		return -EFAULT;
 	if (room < 0)
 		return -EINVAL;
@@ -491,7 +491,7 @@ static ssize_t send_file(struct km_file *f, int fd, int in, off64_t *offset,
 
 	if (!offset)
 		return km_sendfile(f, fd, in, NULL, count);
-	if (km_copy_in(&at, offset, sizeof(at)) < 0)
+	if (km_copy_in(&at, offset, sizeof(at), false) < 0)
 		return -EFAULT;
 	n = km_sendfile(f, fd, in, &at, count);
 	/* Written whatever the result, as on the kernel. */

@@ -95,9 +95,7 @@ static int make_room(struct km_producer *p, uint64_t want)
 
 bool km_ring_consumer_elsewhere(const struct km_producer *p)
 {
-	uint32_t cpu = km_load_relaxed(&p->wire->ccpu);
-
-	return cpu && cpu != km_this_cpu();
+	return km_elsewhere(km_load_relaxed(&p->wire->ccpu));
 }
 
 static int copy_in(struct km_producer *p, uint64_t at, const uint8_t *from, size_t n)
@@ -105,12 +103,10 @@ static int copy_in(struct km_producer *p, uint64_t at, const uint8_t *from, size
 	size_t pos = at & (p->size - 1);
 	size_t first = KM_MIN(n, p->size - pos);
 	bool far = km_unlikely(n >= KM_FAR_FROM) && km_ring_consumer_elsewhere(p);
-	int err = far ? km_copy_in_far(p->base + pos, from, first)
-		      : km_copy_in(p->base + pos, from, first);
+	int err = km_copy_in(p->base + pos, from, first, far);
 
 	if (km_unlikely(first < n && err == 0))
-		err = far ? km_copy_in_far(p->base, from + first, n - first)
-			  : km_copy_in(p->base, from + first, n - first);
+		err = km_copy_in(p->base, from + first, n - first, far);
 	return err;
 }
 

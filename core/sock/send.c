@@ -76,62 +76,32 @@ static void published(struct km_file *f, struct km_conn *conn, int fd)
 		check_consumer(conn, fd);
 }
 
-/* One attempt to put something into the ring, at most that many bytes. */
-KM_INLINE ssize_t put(struct km_file *f, struct km_conn *conn, int fd,
-		      const struct iovec *iov, int iovcnt, size_t most)
-{
-	uint32_t level = conn->tx.level;
-	ssize_t n = km_ring_write(&conn->tx, iov, iovcnt, most);
-
-	if (km_likely(n > 0)) {
-		conn->row.ring_tx_bytes = conn->tx.w;
-		conn->row.tx_seen = conn->tx.r;
-		published(f, conn, fd);
-		if (km_unlikely(conn->tx.level != level))
-			km_count(KM_COUNT_GROWS);
-	}
-	return n;
-}
-
-/* More than a piece to a consumer that runs beside this end: it is told of each. */
-KM_COLD static ssize_t put_pieces(struct km_file *f, struct km_conn *conn, int fd,
-				  const struct iovec *iov, int iovcnt)
-{
-	struct iovec rest[KM_IOV_MOST];
-	size_t done = 0;
-	ssize_t n;
-
-	for (;;) {
-		n = put(f, conn, fd, iov, iovcnt, KM_RING_PIECE);
-		if (n <= 0)
-			break;
-		done += (size_t)n;
-		if (n < (ssize_t)KM_RING_PIECE || conn->tx_phase != KM_PHASE_RING ||
-		    peer_stopped(conn))
-			break;
-		iovcnt = km_iov_advance(iov, iovcnt, (size_t)n, rest);
-		if (iovcnt == 0)
-			break;
-		iov = rest;
-	}
-	return done ? (ssize_t)done : n;
-}
-
 /* want: bytes in iov */
 static ssize_t send_ring(struct km_file *f, struct km_conn *conn, int fd,
 			 const struct iovec *iov, int iovcnt, size_t want)
 {
+	uint32_t level = conn->tx.level;
+	size_t most = want;
 	ssize_t n;
 
 	if (km_unlikely(peer_stopped(conn))) {
 		km_tx_end(conn);
 		return KM_RETRY;
 	}
-	n = km_unlikely(want > KM_RING_PIECE) && km_ring_consumer_elsewhere(&conn->tx)
-		    ? put_pieces(f, conn, fd, iov, iovcnt)
-		    : put(f, conn, fd, iov, iovcnt, want);
-	/* 0 with nothing to send: this was the cut-over. */
-	if (km_likely(n != 0) || want == 0)
+	/* A consumer that runs beside this end is told of each piece. */
+	if (km_unlikely(want > KM_RING_PIECE) && km_ring_consumer_elsewhere(&conn->tx))
+		most = KM_RING_PIECE;
+	n = km_ring_write(&conn->tx, iov, iovcnt, most);
+	if (km_likely(n > 0)) {
+		conn->row.ring_tx_bytes = conn->tx.w;
+		conn->row.tx_seen = conn->tx.r;
+		published(f, conn, fd);
+		if (km_unlikely(conn->tx.level != level))
+			km_count(KM_COUNT_GROWS);
+		return n;
+	}
+	/* Nothing to send, and this was the cut-over. */
+	if (n < 0 || want == 0)
 		return n;
 	KM_FAULT(WRITE_FULL);
 	if (km_tx_left(conn)) {
@@ -234,23 +204,22 @@ ssize_t km_send(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 			km_side_leave(&d);
 			return 0;
 		}
-		n = send_once(f, d.conn, km_kernel_fd(f, fd), iov, iovcnt, want - done,
-			      done ? flags | KM_MSG_MOVED : flags);
+		/* Goes on with the lock, as the kernel does, and even when it must not
+		 * block: only an attempt that finds the ring full asks to be told of
+		 * space. */
+		while ((n = send_once(f, d.conn, km_kernel_fd(f, fd), iov, iovcnt,
+				      want - done,
+				      done ? flags | KM_MSG_MOVED : flags)) > 0) {
+			done += (size_t)n;
+			w.naps = 0;
+			if (km_likely(done == want))
+				break;
+			iovcnt = km_iov_advance(iov, iovcnt, (size_t)n, rest);
+			iov = rest;
+		}
 		if (n == -EPROTO) {
 			km_stream_reset(d.conn);
 			n = -ECONNRESET;
-		}
-		if (n >= 0)
-			done += (size_t)n;
-		if (n > 0)
-			w.naps = 0;
-		if (n > 0 && done < want) {
-			/* Goes on even when it must not block: only an attempt that
-			 * finds the ring full asks to be told of space. */
-			km_side_leave(&d);
-			iovcnt = km_iov_advance(iov, iovcnt, (size_t)n, rest);
-			iov = rest;
-			continue;
 		}
 		if (n != -EAGAIN ||
 		    km_must_not_block(d.conn, km_kernel_fd(f, fd), flags, &w)) {

@@ -8,11 +8,6 @@
 #include "base/fault.h"
 
 #define ROOM 8192
-#if defined(__x86_64__)
-#define far_copy km_user_copy_far
-#else
-#define far_copy km_user_copy
-#endif
 
 static size_t page;
 static sigjmp_buf back;
@@ -38,47 +33,45 @@ static uint8_t *pages(size_t count, int protection)
 	return p + page;
 }
 
-typedef int copier(void *dst, const void *src, size_t n, const void *user);
-
-static void sizes_and_places(copier *copy, size_t least)
+static void sizes_and_places(bool far)
 {
 	static uint8_t from[ROOM], to[ROOM];
 
 	for (size_t i = 0; i < ROOM; i++)
 		from[i] = (uint8_t)(i * 31 + i / 256);
-	for (size_t n = least; n < ROOM - 256; n += n < least + 600 ? 1 : 97) {
+	for (size_t n = 0; n < ROOM - 256; n += n < 600 ? 1 : 97) {
 		const uint8_t *src = from + n % 67;
 		uint8_t *dst = to + 1 + n % 131;
 
 		memset(to, 0xee, sizeof(to));
-		CHECK_IS(copy(dst, src, n, src), 0);
+		CHECK_IS(km_user_copy(dst, src, n, far, src), 0);
 		CHECK_IS(memcmp(dst, src, n), 0);
 		CHECK(dst[-1] == 0xee && dst[n] == 0xee);
 	}
 }
 
 /* A copy that ends where the memory does works, and one byte further it does not. */
-static void ends(copier *copy, size_t least)
+static void ends(bool far)
 {
 	uint8_t *user = pages(2, PROT_READ | PROT_WRITE);
 	uint8_t *end = user + 2 * page;
 	static uint8_t own[2 * 65536];
 
-	for (size_t n = least; n <= 2 * page; n += n < least + 600 ? 1 : 97) {
-		CHECK_IS(copy(own, end - n, n, end - n), 0);
-		CHECK_IS(copy(end - n, own, n, end - n), 0);
-		CHECK_IS(copy(own, user, n, user), 0);
-		CHECK_IS(copy(own, end - n + 1, n, end - n + 1), -EFAULT);
-		CHECK_IS(copy(end - n + 1, own, n, end - n + 1), -EFAULT);
-		CHECK_IS(copy(own, user - 1, n, user - 1), -EFAULT);
-		CHECK_IS(copy(user - 1, own, n, user - 1), -EFAULT);
+	for (size_t n = 1; n <= 2 * page; n += n < 600 ? 1 : 97) {
+		CHECK_IS(km_user_copy(own, end - n, n, far, end - n), 0);
+		CHECK_IS(km_user_copy(end - n, own, n, far, end - n), 0);
+		CHECK_IS(km_user_copy(own, user, n, far, user), 0);
+		CHECK_IS(km_user_copy(own, end - n + 1, n, far, end - n + 1), -EFAULT);
+		CHECK_IS(km_user_copy(end - n + 1, own, n, far, end - n + 1), -EFAULT);
+		CHECK_IS(km_user_copy(own, user - 1, n, far, user - 1), -EFAULT);
+		CHECK_IS(km_user_copy(user - 1, own, n, far, user - 1), -EFAULT);
 		CHECK_IS(km_user_probe(end - n, n), 0);
 		CHECK_IS(km_user_probe(end - n, n + 1), -EFAULT);
 		CHECK_IS(km_user_probe(user - 1, n + 1), -EFAULT);
 	}
 	CHECK_IS(mprotect(user, 2 * page, PROT_READ), 0);
-	CHECK_IS(copy(own, user, page, user), 0);
-	CHECK_IS(copy(user, own, page, user), -EFAULT);
+	CHECK_IS(km_user_copy(own, user, page, far, user), 0);
+	CHECK_IS(km_user_copy(user, own, page, far, user), -EFAULT);
 }
 
 static void bad_everywhere(void)
@@ -96,11 +89,11 @@ static void bad_everywhere(void)
 		void *p = (void *)bad[i];
 
 		for (size_t n = 1; n < ROOM; n = n * 2 + 1) {
-			CHECK_IS(km_user_copy(own, p, n, p), -EFAULT);
-			CHECK_IS(km_user_copy(p, own, n, p), -EFAULT);
+			CHECK_IS(km_user_copy(own, p, n, false, p), -EFAULT);
+			CHECK_IS(km_user_copy(p, own, n, false, p), -EFAULT);
 			CHECK_IS(km_user_probe(p, n), -EFAULT);
 		}
-		CHECK_IS(km_user_copy(own, p, 0, p), 0);
+		CHECK_IS(km_user_copy(own, p, 0, false, p), 0);
 		CHECK_IS(km_user_probe(p, 0), 0);
 	}
 }
@@ -115,10 +108,10 @@ static void shrunk_file(void)
 	CHECK_IS(ftruncate(fileno(file), (off_t)page), 0);
 	user = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_SHARED, fileno(file), 0);
 	CHECK(user != MAP_FAILED);
-	CHECK_IS(km_user_copy(own, user, sizeof(own), user), 0);
+	CHECK_IS(km_user_copy(own, user, sizeof(own), false, user), 0);
 	CHECK_IS(ftruncate(fileno(file), 0), 0);
-	CHECK_IS(km_user_copy(own, user, sizeof(own), user), -EFAULT);
-	CHECK_IS(km_user_copy(user, own, sizeof(own), user), -EFAULT);
+	CHECK_IS(km_user_copy(own, user, sizeof(own), false, user), -EFAULT);
+	CHECK_IS(km_user_copy(user, own, sizeof(own), false, user), -EFAULT);
 	fclose(file);
 }
 
@@ -129,7 +122,7 @@ static void faults_of_others(void)
 
 	handled = 0;
 	if (!sigsetjmp(back, 1)) {
-		km_user_copy(none + 64, good, sizeof(good), good);
+		km_user_copy(none + 64, good, sizeof(good), false, good);
 		CHECK(!"a fault of the ring's memory was taken for the program's");
 	}
 	CHECK_IS(handled, SIGSEGV);
@@ -141,7 +134,7 @@ static void faults_of_others(void)
 	}
 	CHECK_IS(handled, SIGSEGV);
 	CHECK(handled_at == none);
-	CHECK_IS(km_user_copy(none, good, sizeof(good), none), -EFAULT);
+	CHECK_IS(km_user_copy(none, good, sizeof(good), false, none), -EFAULT);
 }
 
 int main(void)
@@ -154,15 +147,15 @@ int main(void)
 	action.sa_sigaction = on_signal;
 	CHECK_IS(sigaction(SIGSEGV, &action, NULL), 0);
 	CHECK(!km_fault_recall(SIGSEGV, &kept));
-	sizes_and_places(km_user_copy, 0);
-	sizes_and_places(far_copy, KM_FAR_FROM);
+	sizes_and_places(false);
+	sizes_and_places(true);
 	km_fault_arm();
 	CHECK(km_fault_recall(SIGSEGV, &kept));
 	CHECK(!km_fault_recall(SIGUSR1, &kept));
-	sizes_and_places(km_user_copy, 0);
-	sizes_and_places(far_copy, KM_FAR_FROM);
-	ends(km_user_copy, 1);
-	ends(far_copy, KM_FAR_FROM);
+	sizes_and_places(false);
+	sizes_and_places(true);
+	ends(false);
+	ends(true);
 	bad_everywhere();
 	shrunk_file();
 	faults_of_others();
