@@ -11,6 +11,7 @@
 
 #define KM_EXPORT __attribute__((visibility("default")))
 #define KM_COLD __attribute__((cold, noinline))
+#define KM_ALONE __attribute__((noinline))
 #define KM_INLINE static inline __attribute__((always_inline))
 
 #define KM_CACHE_LINE 64

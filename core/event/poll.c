@@ -79,7 +79,7 @@ uint32_t km_file_level(struct km_file *f, uint32_t wanted)
 	      rx != KM_PHASE_RING || tx != KM_PHASE_RING ||
 	      (pflags & (KM_P_FIN | KM_P_CLOSED)) ||
 	      ((waiting == 0 || conn->lowat > 1) && (pflags & KM_P_END));
-	if (km_unlikely(ask || conn->idle_reads >= UINT32_MAX / 4)) {
+	if (km_unlikely(ask || conn->idle_reads >= KM_ASK_NOW)) {
 		struct pollfd pfd = {.fd = f->keep_fd >= 0 ? f->keep_fd : f->fd,
 				     .events = KEPT_BITS | POLLRDHUP | POLLPRI};
 		struct timespec now = {0, 0};
@@ -317,7 +317,7 @@ static int poll_answers(struct poll_call *c)
 		} else if ((c->asked[i].revents & POLLIN) && c->file[i]->conn &&
 			   c->file[i]->conn->rx_phase == KM_PHASE_RING) {
 			/* The next look is to ask the kernel too. */
-			c->file[i]->conn->idle_reads = UINT32_MAX / 2;
+			c->file[i]->conn->idle_reads = KM_ASK_NOW;
 		}
 		c->asked[i].revents = 0;
 	}

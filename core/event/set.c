@@ -637,7 +637,7 @@ static void kernel_news(struct km_set *set, struct km_reg *reg, uint32_t events)
 			km_or_seq(&conn->kernel_bits,
 				  events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR));
 		else if (conn->rx_phase == KM_PHASE_RING && (events & EPOLLIN))
-			conn->idle_reads = UINT32_MAX / 2;
+			conn->idle_reads = KM_ASK_NOW;
 		/* An idle socket's send buffer has space: no news on a ring. */
 		if (reg->active && kernel_edge(reg, conn, events))
 			ready_again(reg);

@@ -75,7 +75,8 @@ struct km_conn {
 	uint64_t tx_resend; /* 1 + position of the next byte that the consumer left */
 	struct km_producer tx;
 	struct km_consumer rx;
-	uint32_t idle_reads;   /* empty reads since the kernel was last asked */
+	uint32_t idle_reads; /* empty reads in a row; KM_ASK_NOW: the kernel has news */
+	int64_t asked_at;    /* when the kernel was last asked because of them */
 	uint32_t stale_writes; /* writes since the consumer was last seen to move */
 	uint64_t stale_at;     /* where it stood then */
 	int32_t lowat;	       /* SO_RCVLOWAT */
@@ -85,6 +86,9 @@ struct km_conn {
 };
 
 _Static_assert(sizeof(struct km_conn) <= KM_STATS_ROW, "row too small");
+
+/* km_conn.idle_reads: the kernel is to be asked whatever the time. */
+#define KM_ASK_NOW (UINT32_MAX / 2)
 
 /* Where a file is on its way to an upgrade. */
 enum km_link_state {

@@ -40,7 +40,8 @@ KM_INLINE ssize_t km_result(ssize_t n)
 				continue;                                              \
 			}                                                              \
 			f = km_fd_object(entry);                                       \
-			if (km_plain_begin(f, fd, &plain)) {                           \
+			if (km_load_acquire(&f->mode) != KM_MODE_CHANNEL &&            \
+			    km_plain_begin(f, fd, &plain)) {                           \
 				n = real;                                              \
 				km_plain_end(&plain, direction, n);                    \
 				return n;                                              \

@@ -133,6 +133,19 @@ static void release_space(struct km_consumer *c)
 	km_store_sync(RELEASE_SPACE, &c->wire->rpos, c->r);
 }
 
+static void begins_write(void)
+{
+	KM_FAULT(WRITE_COPY);
+}
+
+static void wrote(struct km_producer *p, uint64_t at)
+{
+	KM_FAULT(WRITE_COPIED);
+	p->w = at;
+	publish(p);
+	KM_FAULT(WRITE_PUBLISHED);
+}
+
 ssize_t km_ring_write(struct km_producer *p, const struct iovec *iov, int iovcnt,
 		      size_t most)
 {
@@ -144,7 +157,7 @@ ssize_t km_ring_write(struct km_producer *p, const struct iovec *iov, int iovcnt
 		return -EPROTO;
 	room = KM_MIN(free_space(p), most);
 	if (room)
-		KM_FAULT(WRITE_COPY);
+		begins_write();
 	for (int i = 0; i < iovcnt && room; i++) {
 		size_t n = KM_MIN(iov[i].iov_len, room);
 
@@ -156,11 +169,21 @@ ssize_t km_ring_write(struct km_producer *p, const struct iovec *iov, int iovcnt
 	if (at == p->w)
 		return 0;
 	want = at - p->w;
-	KM_FAULT(WRITE_COPIED);
-	p->w = at;
-	publish(p);
-	KM_FAULT(WRITE_PUBLISHED);
+	wrote(p, at);
 	return (ssize_t)want;
+}
+
+ssize_t km_ring_put(struct km_producer *p, const void *from, size_t n)
+{
+	if (km_unlikely(make_room(p, n) < 0))
+		return -EPROTO;
+	if (km_unlikely(free_space(p) < n))
+		return 0;
+	begins_write();
+	if (km_unlikely(copy_in(p, p->w, from, n) < 0))
+		return -EFAULT;
+	wrote(p, p->w + n);
+	return (ssize_t)n;
 }
 
 ssize_t km_ring_space(struct km_producer *p, size_t want, uint8_t **at)
@@ -224,6 +247,11 @@ static void enter_level(struct km_consumer *c, uint32_t level)
 	c->base = c->data + c->geo.offset[level];
 }
 
+static void begins_read(void)
+{
+	KM_FAULT(READ_COPY);
+}
+
 static void took(struct km_consumer *c, uint64_t at, uint32_t level)
 {
 	KM_FAULT(READ_COPIED);
@@ -246,7 +274,7 @@ ssize_t km_ring_read(struct km_consumer *c, const struct iovec *iov, int iovcnt,
 	if (see_bytes(c) < 0)
 		return -EPROTO;
 	if (c->w != at)
-		KM_FAULT(READ_COPY);
+		begins_read();
 	while (i < iovcnt && at < c->w) {
 		int64_t here = in_level(c, at, &level);
 		uint32_t size = c->geo.size[level];
@@ -279,6 +307,32 @@ ssize_t km_ring_read(struct km_consumer *c, const struct iovec *iov, int iovcnt,
 	if (at != c->r && !(how & KM_RING_PEEK))
 		took(c, at, level);
 	return (ssize_t)(at - from);
+}
+
+ssize_t km_ring_take(struct km_consumer *c, void *to, size_t n)
+{
+	struct iovec iov = {to, n};
+	size_t pos, first;
+
+	if (km_unlikely(see_bytes(c) < 0))
+		return -EPROTO;
+	n = KM_MIN(n, c->w - c->r);
+	if (n == 0)
+		return 0;
+	/* Relaxed, and after the look at wpos: see in_level. */
+	if (km_unlikely(n > KM_RING_PIECE || n > c->size ||
+			(c->level + 1 < c->geo.levels &&
+			 km_load_relaxed(&c->wire->grow_at[c->level]))))
+		return km_ring_read(c, &iov, 1, 0);
+	begins_read();
+	pos = c->r & (c->size - 1);
+	first = KM_MIN(n, c->size - pos);
+	if (km_unlikely(km_copy_out(to, c->base + pos, first) < 0) ||
+	    (km_unlikely(first < n) &&
+	     km_copy_out((uint8_t *)to + first, c->base, n - first) < 0))
+		return -EFAULT;
+	took(c, c->r + n, c->level);
+	return (ssize_t)n;
 }
 
 ssize_t km_ring_bytes(struct km_consumer *c, const uint8_t **at)

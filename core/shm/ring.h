@@ -79,6 +79,12 @@ ssize_t km_ring_write(struct km_producer *p, const struct iovec *iov, int iovcnt
 bool km_ring_consumer_elsewhere(const struct km_producer *p);
 
 /*
+ * One buffer of n bytes, all of it or nothing: the usual case, in few instructions.
+ * Returns n, 0 when there is no room for all, -EPROTO, -EFAULT as above.
+ */
+ssize_t km_ring_put(struct km_producer *p, const void *from, size_t n);
+
+/*
  * Copies up to what iov holds and frees its space, piece by piece.  With KM_RING_PEEK it
  * frees nothing, with KM_RING_DISCARD it copies nothing.  Returns the count, 0 when
  * empty, -EPROTO when the producer published an impossible position, -EFAULT when a
@@ -88,6 +94,9 @@ bool km_ring_consumer_elsewhere(const struct km_producer *p);
 #define KM_RING_DISCARD 2u
 ssize_t km_ring_read(struct km_consumer *c, const struct iovec *iov, int iovcnt,
 		     unsigned how);
+
+/* The same into one buffer of n bytes, n > 0, in few instructions where they are few. */
+ssize_t km_ring_take(struct km_consumer *c, void *to, size_t n);
 
 /*
  * The next contiguous piece of free space / of waiting bytes, for callers that

@@ -6,12 +6,15 @@
 #ifndef KM_SOCK_INTERNAL_H
 #define KM_SOCK_INTERNAL_H
 
+#include <errno.h>
+
 #include "sock/stream.h"
 
 #define KM_IOV_MOST 1024 /* the kernel's IOV_MAX */
-/* Empty reads, and writes that the consumer did not follow, after which the
- * kernel is asked whether the peer still lives. */
+/* Empty reads after which, and time since it was last done, that the kernel is asked
+ * whether the peer still lives; writes that the consumer did not follow. */
 #define KM_IDLE_READS 32
+#define KM_ASK_AGAIN_NS 1000000
 #define KM_STALE_WRITES 64
 #define KM_GONE_BITS (POLLRDHUP | POLLHUP | POLLERR)
 
@@ -56,9 +59,35 @@ struct km_side {
 /* Locks one direction of f; false when f has no channel (any more), or when this
  * thread holds the lock already (a signal handler): then *err is -EINTR.  held: the
  * caller is a sleeper, for whom f stays even after its descriptor was closed. */
-bool km_side_enter(struct km_file *f, int fd, bool out, bool held, struct km_side *d,
-		   int *err);
-void km_side_leave(struct km_side *d);
+KM_INLINE bool km_side_enter(struct km_file *f, int fd, bool out, bool held,
+			     struct km_side *d, int *err)
+{
+	struct km_conn *conn = f->conn;
+
+	*err = KM_RETRY;
+	if (km_unlikely(!conn))
+		return false;
+	d->conn = conn;
+	d->lock = out ? &conn->tx_lock : &conn->rx_lock;
+	d->how = km_lock(d->lock);
+	if (km_unlikely(d->how == KM_LOCK_NESTED)) {
+		*err = -EINTR;
+		return false;
+	}
+	if (km_unlikely(f->conn != conn || (!held && km_file_of(fd) != f))) {
+		km_unlock(d->lock, d->how);
+		return false;
+	}
+	/* Whoever died with the lock may have been in the middle of a copy. */
+	if (km_unlikely(d->how == KM_LOCK_STOLEN))
+		km_stream_reset(conn);
+	return true;
+}
+
+KM_INLINE void km_side_leave(struct km_side *d)
+{
+	km_unlock(d->lock, d->how);
+}
 /* The consumer of conn's tx ring has bytes. */
 void km_tell_consumer(struct km_file *f, struct km_conn *conn);
 /* The producer of conn's rx ring has space, if it asked. */

@@ -177,6 +177,24 @@ bool km_stream_rest(struct km_file *f, int fd, ssize_t n)
 	return rest;
 }
 
+/* One more read of nothing: is the kernel to be asked?  A busy pair, whose bytes come
+ * after a few of them, does without. */
+static bool time_to_ask(struct km_conn *conn)
+{
+	int64_t now;
+
+	if (++conn->idle_reads < KM_IDLE_READS)
+		return false;
+	if (conn->idle_reads >= KM_ASK_NOW)
+		return true;
+	conn->idle_reads = 0;
+	now = km_now_ns();
+	if (now - conn->asked_at < KM_ASK_AGAIN_NS)
+		return false;
+	conn->asked_at = now;
+	return true;
+}
+
 bool km_rx_begin(struct km_conn *conn)
 {
 	uint32_t seen = 0;
@@ -190,6 +208,33 @@ bool km_rx_begin(struct km_conn *conn)
 	return true;
 }
 
+/* The ring is empty.  -EAGAIN, 0 for the end, an error, or KM_RETRY to look again. */
+static ssize_t recv_empty(struct km_conn *conn, int fd, int flags)
+{
+	struct km_consumer *rx = &conn->rx;
+	uint32_t pflags;
+	ssize_t n;
+
+	pflags = km_load_sync(FLAGS_SEE, &rx->wire->pflags);
+	if (pflags & KM_P_END) {
+		if (km_load_ordered(&rx->wire->end) == rx->r)
+			conn->rx_phase = KM_PHASE_ENDED;
+		/* All that came before the flag is there: an end beyond it is one that
+		 * would be waited for in vain. */
+		else if (km_load_sync(OBSERVE, &rx->wire->wpos) == rx->r)
+			return -EPROTO;
+		return KM_RETRY;
+	}
+	/* Shut down here, the kernel says end of file, or the error that comes first. */
+	if ((km_load_relaxed(&conn->flags) & KM_CONN_RD_SHUT) ||
+	    (pflags & (KM_P_FIN | KM_P_CLOSED)) ||
+	    km_load_relaxed(&conn->kernel_bits) || time_to_ask(conn)) {
+		n = ask_kernel(conn, fd, flags);
+		return n == 1 ? KM_RETRY : n;
+	}
+	return -EAGAIN;
+}
+
 static ssize_t recv_ring(struct km_file *f, struct km_conn *conn, int fd,
 			 const struct iovec *iov, int iovcnt, int flags)
 {
@@ -197,7 +242,6 @@ static ssize_t recv_ring(struct km_file *f, struct km_conn *conn, int fd,
 	unsigned how = (flags & MSG_PEEK ? KM_RING_PEEK : 0) |
 		       (flags & MSG_TRUNC ? KM_RING_DISCARD : 0);
 	struct iovec part[64];
-	uint32_t pflags;
 	ssize_t n;
 
 	if (km_unlikely(!conn->rx_begun) && !km_rx_begin(conn))
@@ -228,25 +272,7 @@ static ssize_t recv_ring(struct km_file *f, struct km_conn *conn, int fd,
 	/* Asked for nothing: the answer still depends on whether there is something. */
 	if (km_unlikely(rx->w != rx->r))
 		return 0;
-	pflags = km_load_sync(FLAGS_SEE, &rx->wire->pflags);
-	if (pflags & KM_P_END) {
-		if (km_load_ordered(&rx->wire->end) == rx->r)
-			conn->rx_phase = KM_PHASE_ENDED;
-		/* All that came before the flag is there: an end beyond it is one that
-		 * would be waited for in vain. */
-		else if (km_load_sync(OBSERVE, &rx->wire->wpos) == rx->r)
-			return -EPROTO;
-		return KM_RETRY;
-	}
-	/* Shut down here, the kernel says end of file, or the error that comes first. */
-	if ((km_load_relaxed(&conn->flags) & KM_CONN_RD_SHUT) ||
-	    (pflags & (KM_P_FIN | KM_P_CLOSED)) ||
-	    km_load_relaxed(&conn->kernel_bits) ||
-	    ++conn->idle_reads >= KM_IDLE_READS) {
-		n = ask_kernel(conn, fd, flags);
-		return n == 1 ? KM_RETRY : n;
-	}
-	return -EAGAIN;
+	return recv_empty(conn, fd, flags);
 }
 
 /* One attempt, rx_lock held.  -EAGAIN when there is nothing now. */
@@ -367,23 +393,32 @@ KM_COLD static ssize_t peek_beyond(struct km_file *f, struct km_conn *conn, int 
 	return m > 0 ? n + m : n;
 }
 
-/* recv_once, and on through the phases while they have something. */
-static ssize_t recv_through(struct km_file *f, struct km_conn *conn, int fd,
-			    const struct iovec *iov, int iovcnt, int flags, size_t want)
+/* Goes on through the phases while they have something; n bytes were read in before. */
+static ssize_t recv_on(struct km_file *f, struct km_conn *conn, int fd,
+		       const struct iovec *iov, int iovcnt, int flags, size_t want,
+		       enum km_phase before, ssize_t n)
 {
-	enum km_phase before = (enum km_phase)conn->rx_phase;
-	ssize_t n = recv_once(f, conn, fd, iov, iovcnt, flags), last = 0;
+	ssize_t last = 0;
 
-	if (km_unlikely(flags & MSG_PEEK))
-		return n > 0 && (size_t)n < want
-			       ? peek_beyond(f, conn, fd, iov, iovcnt, flags, n)
-			       : n;
 	while (km_unlikely(n > last && (size_t)n < want && moved_on(conn, before))) {
 		before = (enum km_phase)conn->rx_phase;
 		last = n;
 		n = recv_beyond(f, conn, fd, iov, iovcnt, flags, n);
 	}
 	return n;
+}
+
+static ssize_t recv_through(struct km_file *f, struct km_conn *conn, int fd,
+			    const struct iovec *iov, int iovcnt, int flags, size_t want)
+{
+	enum km_phase before = (enum km_phase)conn->rx_phase;
+	ssize_t n = recv_once(f, conn, fd, iov, iovcnt, flags);
+
+	if (km_unlikely(flags & MSG_PEEK))
+		return n > 0 && (size_t)n < want
+			       ? peek_beyond(f, conn, fd, iov, iovcnt, flags, n)
+			       : n;
+	return recv_on(f, conn, fd, iov, iovcnt, flags, want, before, n);
 }
 
 void km_recv_settle(struct km_conn *conn, int fd)
@@ -419,8 +454,47 @@ static bool counts_bytes(const struct km_file *f)
 	return conn && conn->lowat > 1 && f->bell;
 }
 
-ssize_t km_recv(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
-		int flags)
+/* The usual case, in few instructions: one buffer, no flags, and bytes in the ring.
+ * KM_RETRY: it is not so simple, and nothing was taken.  rx_lock held. */
+static ssize_t recv_at_once(struct km_file *f, struct km_conn *conn, int fd,
+			    const struct iovec *iov, int flags)
+{
+	static const struct km_wait awake;
+	uint32_t pflags;
+	ssize_t n;
+
+	if (km_unlikely(conn->rx_phase != KM_PHASE_RING || !conn->rx_begun ||
+			conn->rx_end || conn->lowat > 1 ||
+			(km_load_relaxed(&conn->flags) & KM_CONN_RESET)))
+		return KM_RETRY;
+	/* Beside the position, whose line the producer may take away at once.  A producer
+	 * that leaves later is an event of its own. */
+	pflags = km_load_sync(FLAGS_SEE, &conn->rx.wire->pflags);
+	n = km_ring_take(&conn->rx, iov->iov_base, iov->iov_len);
+	if (n == 0 && conn->rx.w == conn->rx.r) {
+		n = recv_empty(conn, km_kernel_fd(f, fd), flags);
+		if (n != -EAGAIN)
+			return n == -EPROTO ? KM_RETRY : n;
+		km_tx_look(f, conn, km_kernel_fd(f, fd));
+		return km_must_not_block(conn, km_kernel_fd(f, fd), flags, &awake)
+			       ? n
+			       : KM_RETRY;
+	}
+	if (km_unlikely(n <= 0))
+		return KM_RETRY;
+	conn->idle_reads = 0;
+	conn->row.rx_seen = conn->rx.w;
+	conn->row.ring_rx_bytes = conn->rx.r;
+	km_tell_producer(f, conn, false);
+	return km_unlikely(pflags & KM_P_END)
+		       ? recv_on(f, conn, km_kernel_fd(f, fd), iov, 1, 0, iov->iov_len,
+				 KM_PHASE_RING, n)
+		       : n;
+}
+
+/* entered: the caller has the direction's lock already, or NULL. */
+static ssize_t recv_slowly(struct km_file *f, int fd, const struct iovec *iov,
+			   int iovcnt, int flags, const struct km_side *entered)
 {
 	struct km_wait w = {0};
 	struct iovec discard, rest[64], *left = NULL;
@@ -443,10 +517,13 @@ ssize_t km_recv(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 		iovcnt = 1;
 	}
 	for (;;) {
-		if (!km_side_enter(f, fd, false, w.held, &d, &err))
+		if (entered)
+			d = *entered;
+		else if (!km_side_enter(f, fd, false, w.held, &d, &err))
 			return km_wait_done(f, &w,
 					    done ? (ssize_t)done
 						 : km_side_refused(f, fd, err, flags));
+		entered = NULL;
 		n = recv_through(f, d.conn, km_kernel_fd(f, fd), left ? left : iov,
 				 iovcnt, done ? flags | KM_MSG_MOVED : flags,
 				 want - done);
@@ -493,4 +570,30 @@ ssize_t km_recv(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 		if (err < 0)
 			return km_wait_done(f, &w, done ? (ssize_t)done : err);
 	}
+}
+
+/* On its own, so that vectors need not save what it uses. */
+KM_ALONE static ssize_t recv_one(struct km_file *f, int fd, const struct iovec *iov,
+				 int flags)
+{
+	struct km_side d;
+	ssize_t n;
+	int err;
+
+	if (km_unlikely(f->link_state == KM_LINK_HELLO || counts_bytes(f) ||
+			!km_side_enter(f, fd, false, false, &d, &err)))
+		return recv_slowly(f, fd, iov, 1, flags, NULL);
+	n = recv_at_once(f, d.conn, fd, iov, flags);
+	if (km_unlikely(n == KM_RETRY))
+		return recv_slowly(f, fd, iov, 1, flags, &d);
+	km_side_leave(&d);
+	return n;
+}
+
+ssize_t km_recv(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
+		int flags)
+{
+	return km_likely(iovcnt == 1 && !(flags & ~(MSG_DONTWAIT | MSG_NOSIGNAL)))
+		       ? recv_one(f, fd, iov, flags)
+		       : recv_slowly(f, fd, iov, iovcnt, flags, NULL);
 }

@@ -38,16 +38,17 @@ KM_COLD static void stay(struct km_conn *conn)
  * then when it seems not to. */
 static void check_consumer(struct km_conn *conn, int fd)
 {
-	uint64_t r = km_load_sync(SEE_SPACE, &conn->tx.wire->rpos);
+	uint64_t r;
 
-	if (r != conn->stale_at || r == conn->tx.w) {
-		conn->stale_at = r;
-		conn->stale_writes = 0;
-		return;
-	}
-	if (++conn->stale_writes < KM_STALE_WRITES)
+	/* A look at where it stands takes the line away from it: not each time. */
+	if (km_likely(++conn->stale_writes < KM_STALE_WRITES))
 		return;
 	conn->stale_writes = 0;
+	r = km_load_sync(SEE_SPACE, &conn->tx.wire->rpos);
+	if (r != conn->stale_at || r == conn->tx.w) {
+		conn->stale_at = r;
+		return;
+	}
 	km_or_seq(&conn->kernel_bits, km_kernel_poll(fd, POLLRDHUP) & KM_GONE_BITS);
 }
 
@@ -76,6 +77,16 @@ static void published(struct km_file *f, struct km_conn *conn, int fd)
 		check_consumer(conn, fd);
 }
 
+/* The ring has taken bytes; it was at that level before. */
+static void put(struct km_file *f, struct km_conn *conn, int fd, uint32_t level)
+{
+	conn->row.ring_tx_bytes = conn->tx.w;
+	conn->row.tx_seen = conn->tx.r;
+	published(f, conn, fd);
+	if (km_unlikely(conn->tx.level != level))
+		km_count(KM_COUNT_GROWS);
+}
+
 /* want: bytes in iov */
 static ssize_t send_ring(struct km_file *f, struct km_conn *conn, int fd,
 			 const struct iovec *iov, int iovcnt, size_t want)
@@ -93,11 +104,7 @@ static ssize_t send_ring(struct km_file *f, struct km_conn *conn, int fd,
 		most = KM_RING_PIECE;
 	n = km_ring_write(&conn->tx, iov, iovcnt, most);
 	if (km_likely(n > 0)) {
-		conn->row.ring_tx_bytes = conn->tx.w;
-		conn->row.tx_seen = conn->tx.r;
-		published(f, conn, fd);
-		if (km_unlikely(conn->tx.level != level))
-			km_count(KM_COUNT_GROWS);
+		put(f, conn, fd, level);
 		return n;
 	}
 	/* Nothing to send, and this was the cut-over. */
@@ -182,8 +189,36 @@ static ssize_t send_once(struct km_file *f, struct km_conn *conn, int fd,
 	}
 }
 
-ssize_t km_send(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
-		int flags)
+/* The usual case, in few instructions: one buffer, and room in the ring for all of it.
+ * KM_RETRY: it is not so simple, and nothing was done. */
+static ssize_t send_at_once(struct km_file *f, int fd, const struct iovec *iov)
+{
+	struct km_conn *conn = f->conn;
+	ssize_t n = KM_RETRY;
+	struct km_side d;
+	uint32_t level;
+	int err;
+
+	if (km_unlikely(!conn || conn->tx_phase != KM_PHASE_RING ||
+			iov->iov_len - 1 >= KM_RING_PIECE ||
+			f->link_state == KM_LINK_HELLO ||
+			!km_side_enter(f, fd, true, false, &d, &err)))
+		return KM_RETRY;
+	level = conn->tx.level;
+	if (km_likely(conn->tx_phase == KM_PHASE_RING &&
+		      !(km_load_relaxed(&conn->flags) & KM_CONN_RESET) &&
+		      !peer_stopped(conn)))
+		n = km_ring_put(&conn->tx, iov->iov_base, iov->iov_len);
+	if (km_likely(n > 0))
+		put(f, conn, km_kernel_fd(f, fd), level);
+	else
+		n = KM_RETRY;
+	km_side_leave(&d);
+	return n;
+}
+
+static ssize_t send_slowly(struct km_file *f, int fd, const struct iovec *iov,
+			   int iovcnt, int flags)
 {
 	struct km_wait w = {0};
 	size_t want = km_iov_total(iov, iovcnt), done = 0;
@@ -232,6 +267,23 @@ ssize_t km_send(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 		if (err < 0)
 			return km_wait_done(f, &w, done ? (ssize_t)done : err);
 	}
+}
+
+/* On its own, so that vectors need not save what it uses. */
+KM_ALONE static ssize_t send_one(struct km_file *f, int fd, const struct iovec *iov,
+				 int flags)
+{
+	ssize_t n = send_at_once(f, fd, iov);
+
+	return km_likely(n != KM_RETRY) ? n : send_slowly(f, fd, iov, 1, flags);
+}
+
+ssize_t km_send(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
+		int flags)
+{
+	return km_likely(iovcnt == 1 && !(flags & ~(MSG_DONTWAIT | MSG_NOSIGNAL)))
+		       ? send_one(f, fd, iov, flags)
+		       : send_slowly(f, fd, iov, iovcnt, flags);
 }
 
 ssize_t km_send_from(struct km_file *f, int fd, int in, off64_t *offset, size_t count)

@@ -12,38 +12,6 @@
 /* A sleeping producer is woken when the ring is at most this full. */
 #define WAKE_FRACTION 2
 
-/* Locks one direction of f; false when f has no channel (any more), or when this
- * thread holds the lock already (a signal handler): then *err is -EINTR. */
-bool km_side_enter(struct km_file *f, int fd, bool out, bool held, struct km_side *d,
-		   int *err)
-{
-	struct km_conn *conn = f->conn;
-
-	*err = KM_RETRY;
-	if (!conn)
-		return false;
-	d->conn = conn;
-	d->lock = out ? &conn->tx_lock : &conn->rx_lock;
-	d->how = km_lock(d->lock);
-	if (km_unlikely(d->how == KM_LOCK_NESTED)) {
-		*err = -EINTR;
-		return false;
-	}
-	if (km_unlikely(f->conn != conn || (!held && km_file_of(fd) != f))) {
-		km_unlock(d->lock, d->how);
-		return false;
-	}
-	/* Whoever died with the lock may have been in the middle of a copy. */
-	if (km_unlikely(d->how == KM_LOCK_STOLEN))
-		km_stream_reset(conn);
-	return true;
-}
-
-void km_side_leave(struct km_side *d)
-{
-	km_unlock(d->lock, d->how);
-}
-
 /* The consumer of conn's tx ring has bytes. */
 void km_tell_consumer(struct km_file *f, struct km_conn *conn)
 {

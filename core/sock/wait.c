@@ -140,7 +140,7 @@ static int nap_on_bell(struct km_file *f, struct km_conn *conn, int fd, short ev
 			km_or_seq(&conn->kernel_bits,
 				  (uint32_t)pfds[0].revents & KM_GONE_BITS);
 		if (pfds[0].revents & POLLIN)
-			conn->idle_reads = KM_IDLE_READS;
+			conn->idle_reads = KM_ASK_NOW;
 	}
 	return err == -EINTR ? err : 0;
 }
