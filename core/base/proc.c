@@ -116,8 +116,7 @@ void km_log_line(enum km_log_level level, const char *format, ...)
 	va_end(args);
 }
 
-static void complain(const char *format, ...) __attribute__((format(printf, 1, 2)));
-static void complain(const char *format, ...)
+void km_complain(const char *format, ...)
 {
 	va_list args;
 
@@ -162,9 +161,9 @@ static uint64_t number_option(const char *env, enum option_type type, uint64_t m
 	if (!text || !*text)
 		return fallback;
 	if (!parse_number(text, &value) || value < min || value > max) {
-		complain("%s=%s is not a number from %llu to %llu; using %llu", env,
-			 text, (unsigned long long)min, (unsigned long long)max,
-			 (unsigned long long)fallback);
+		km_complain("%s=%s is not a number from %llu to %llu; using %llu", env,
+			    text, (unsigned long long)min, (unsigned long long)max,
+			    (unsigned long long)fallback);
 		return fallback;
 	}
 	if (type != SIZE)
@@ -194,17 +193,17 @@ static void log_init(void)
 		if (strlen(names[i]) == len && memcmp(names[i], text, len) == 0)
 			km_proc.log_level = (enum km_log_level)(i + 1);
 	if (km_proc.log_level == KM_LOG_OFF) {
-		complain("KMAP_LOG=%s does not start with error, info or debug; "
-			 "not logging",
-			 text);
+		km_complain("KMAP_LOG=%s does not start with error, info or debug; "
+			    "not logging",
+			    text);
 		return;
 	}
 	if (!colon)
 		return;
 	fd = open(colon + 1, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
 	if (fd < 0) {
-		complain("KMAP_LOG: cannot open %s; logging to standard error",
-			 colon + 1);
+		km_complain("KMAP_LOG: cannot open %s; logging to standard error",
+			    colon + 1);
 		return;
 	}
 	km_proc.log_fd = fd;
@@ -224,13 +223,16 @@ void km_options_init(void)
 #include "base/options.def"
 #undef X
 	if (strcmp(o->transport, "shm") != 0) {
-		complain("KMAP_TRANSPORT=%s is not a transport of this version (shm); "
-			 "using shm",
-			 o->transport);
+		km_complain(
+			"KMAP_TRANSPORT=%s is not a transport of this version (shm); "
+			"using shm",
+			o->transport);
 		o->transport = "shm";
 	}
 	km_proc.disabled = o->disable;
 	log_init();
+	if (!km_proc.disabled)
+		km_proc.policy = km_policy_load(o->policy);
 	KM_FAULTS_INIT();
 	errno = saved;
 }

@@ -32,6 +32,7 @@
 
 #include "base/atomic.h"
 #include "base/compiler.h"
+#include "base/policy.h"
 #include "base/spin.h"
 #include "base/stats_layout.h"
 #include "base/sys.h"
@@ -107,6 +108,7 @@ enum km_log_level { KM_LOG_OFF, KM_LOG_ERROR, KM_LOG_INFO, KM_LOG_DEBUG };
 struct km_proc {
 	struct km_real real;
 	struct km_options options;
+	const struct km_policy *policy; /* NULL: all connections may be upgraded */
 	bool disabled;
 	uint32_t magic; /* high half of this process's epoll cookies */
 	int log_fd;
@@ -211,6 +213,10 @@ void km_options_init(void);
 	} while (0)
 void km_log_line(enum km_log_level level, const char *format, ...)
 	__attribute__((format(printf, 2, 3)));
+
+/* One line on standard error, "kmap: " before it: for what the user set and cannot be
+ * done.  Any context. */
+void km_complain(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 /* Anonymous zeroed memory that is never given back; NULL when there is none. */
 void *km_pages(size_t bytes, bool shared);

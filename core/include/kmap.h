@@ -116,6 +116,14 @@ struct kmap_option {
 /* 0, or -ENOENT beyond the last index. */
 int kmap_option_get(unsigned index, struct kmap_option *out);
 
+/*
+ * Checks the text of a policy, length bytes (docs/policy.md).  0, or -EINVAL: then *line
+ * is the line with the error, counted from 1, or 0 where it is not one line's, and error,
+ * of KMAP_POLICY_ERROR bytes, says in words what it is.
+ */
+#define KMAP_POLICY_ERROR 256
+int kmap_policy_check(const char *text, size_t length, unsigned *line, char *error);
+
 /* Compiled layout of the wire and statistics structures. */
 struct kmap_layout {
 	const char *structure, *field;

@@ -87,11 +87,6 @@ static void original_destination(int fd, const struct km_address *local,
 	*out = *local;
 }
 
-static bool same_address(const struct km_address *a, const struct km_address *b)
-{
-	return a->port == b->port && memcmp(a->ip, b->ip, sizeof(a->ip)) == 0;
-}
-
 /* "\0kmap1:" and both ends in hexadecimal: no two connections share a name. */
 static socklen_t rendezvous_name(struct sockaddr_un *un, const struct km_address *from,
 				 const struct km_address *to)
@@ -317,7 +312,7 @@ static void conn_start(struct km_file *f, int fd, struct km_conn *conn,
 	conn->row.pport = peer->port;
 	memcpy(conn->row.laddr, local->ip, 16);
 	memcpy(conn->row.paddr, peer->ip, 16);
-	if (original && !same_address(original, local)) {
+	if (original && !km_same_address(original, local)) {
 		conn->row.oport = original->port;
 		memcpy(conn->row.oaddr, original->ip, 16);
 	}
@@ -495,11 +490,15 @@ static void knock(struct km_file *f, int fd)
 		no_address(f, err);
 		return;
 	}
+	original_destination(fd, &local, &original);
+	if (!km_permit(f, &local, &peer, &original, &local, NULL, NULL)) {
+		give_up(f, KM_REASON_POLICY);
+		return;
+	}
 	if (!within_budget()) {
 		give_up(f, KM_REASON_BUDGET_MEMORY);
 		return;
 	}
-	original_destination(fd, &local, &original);
 	km_count(KM_COUNT_KNOCKS);
 	sock = km_sys_socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (sock < 0) {
@@ -524,6 +523,9 @@ static void knock(struct km_file *f, int fd)
 		return;
 	}
 	reason = prove(f, sock, &peer, &original, &uid);
+	if (reason == KM_REASON_NONE &&
+	    !km_permit(f, &local, &peer, &original, &local, &uid, NULL))
+		reason = KM_REASON_POLICY;
 	if (reason != KM_REASON_NONE) {
 		km_fd_unhide(sock);
 		give_up(f, reason);
@@ -553,6 +555,10 @@ static void offer(struct km_file *f, int fd)
 
 	if (err < 0) {
 		no_address(f, err);
+		return;
+	}
+	if (!km_permit(f, &local, &peer, &peer, NULL, NULL, NULL)) {
+		give_up(f, KM_REASON_POLICY);
 		return;
 	}
 	if (!within_budget()) {
@@ -603,6 +609,7 @@ static enum km_reason attach(struct km_file *f, int fd, int sock,
 		.magic = KM_HELLO_MAGIC, .version = KM_WIRE_VERSION, .kind = KM_ACK};
 	struct km_address local, peer, acceptor;
 	uint32_t uid = 0, hello_state = KM_SEG_HELLO;
+	bool user_named = false;
 	enum km_reason reason;
 	struct km_conn *conn;
 	int own[2], err;
@@ -613,12 +620,18 @@ static enum km_reason attach(struct km_file *f, int fd, int sock,
 	reason = err < 0	    ? km_stay_reason(err)
 		 : !within_budget() ? KM_REASON_BUDGET_MEMORY
 				    : prove(f, sock, &acceptor, &local, &uid);
+	if (reason == KM_REASON_NONE &&
+	    !km_permit(f, &local, &peer, &peer, &acceptor, &uid, &user_named))
+		reason = KM_REASON_POLICY;
 	/* A redirected connection's acceptor has another address than this end
 	 * connected to; that it is ours is then only its own word, which is enough
-	 * between processes of one user. */
-	if (reason == KM_REASON_NONE && !same_address(&acceptor, &peer) &&
-	    uid != geteuid()) {
-		not_the_owner(f);
+	 * between processes of one user, and from a user whom a rule names. */
+	if (reason == KM_REASON_NONE && !km_same_address(&acceptor, &peer) &&
+	    uid != geteuid() && !user_named) {
+		km_log(KM_LOG_ERROR,
+		       "fd %d is redirected to a process of user %u, which no rule of "
+		       "KMAP_POLICY names (uid=%u); it stays on the kernel",
+		       f->fd, uid, uid);
 		reason = KM_REASON_PEER_UID;
 	}
 	if (reason == KM_REASON_NONE && (err = try_calls(fd)) < 0)

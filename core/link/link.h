@@ -11,13 +11,8 @@
 #ifndef KM_LINK_H
 #define KM_LINK_H
 
+#include "base/address.h"
 #include "fd/file.h"
-
-/* An end of a TCP connection; IPv4 as v4-mapped, port in host byte order. */
-struct km_address {
-	uint8_t ip[16];
-	uint16_t port;
-};
 
 /* f is plain and has had enough calls: takes the next step.  Makes system calls,
  * never blocks, never fails visibly. */
@@ -63,6 +58,19 @@ int km_link_addresses(int fd, struct km_address *local, struct km_address *peer)
 
 /* Of the socket fd, as tools know it; 0 when that cannot be told. */
 uint64_t km_link_inode(int fd);
+
+/* -- permit.c: the policy ------------------------------------------------------------- */
+
+/*
+ * Do the rules of this process let f, of these addresses, be upgraded?  to is where the
+ * connector meant to go, and via the acceptor's own address; via and uid, of the other
+ * end, are NULL as long as they are not known: the answer is no then only if it would be
+ * no whatever they are.  *names_uid, unless NULL, is whether the rule that lets it is
+ * about that uid.  Makes no system call.
+ */
+bool km_permit(const struct km_file *f, const struct km_address *local,
+	       const struct km_address *peer, const struct km_address *to,
+	       const struct km_address *via, const uint32_t *uid, bool *names_uid);
 
 /* -- stay.c: connections that stay on the kernel; link_lock held ------------------------ */
 

@@ -199,7 +199,23 @@ def _reason_name(index: int) -> str:
     return names[index].name if index < len(names) else f"reason-{index}"
 
 
-def _from_row(view: _View, row: Row, ends: list[Row]) -> Connection | None:
+# What an end says that waits for one that will not come.
+_WAITS = frozenset({"not-hot", "peer-absent", "peer-cancelled"})
+
+
+def _why(
+    view: _View, process: Process, tcp: TcpSocket | None, own: str, refused: set[int]
+) -> str:
+    """own, or the policy of the other end, which only that end knows of."""
+    if own not in _WAITS or tcp is None:
+        return own
+    peer = view.peer_of(process, tcp)
+    return "policy" if peer is not None and peer.inode in refused else own
+
+
+def _from_row(
+    view: _View, row: Row, ends: list[Row], refused: set[int]
+) -> Connection | None:
     """The line of a row; None if no process holds its socket any more."""
     holders = [p for p in view.holders.get(row.inode, []) if p.has_library]
     if not holders:
@@ -225,7 +241,7 @@ def _from_row(view: _View, row: Row, ends: list[Row]) -> Connection | None:
         original_dst=str(row.original_dst) if row.original_dst else None,
         state=row.state.name.lower(),
         transport=row.transport if row.state != RowState.KERNEL else None,
-        reason=_reason_name(row.reason),
+        reason=_why(view, holder, tcp, _reason_name(row.reason), refused),
         ring_rx_bytes=row.ring_rx_bytes,
         ring_tx_bytes=row.ring_tx_bytes,
         kernel_rx_bytes=row.kernel_rx_bytes,
@@ -256,7 +272,9 @@ def _infer_reason(view: _View, process: Process, tcp: TcpSocket) -> str:
     return "not-hot" if able else "peer-absent"
 
 
-def _kernel_connections(view: _View, known: set[int]) -> Iterable[Connection]:
+def _kernel_connections(
+    view: _View, known: set[int], refused: set[int]
+) -> Iterable[Connection]:
     for process in view.processes:
         if not process.has_library:
             continue
@@ -275,7 +293,9 @@ def _kernel_connections(view: _View, known: set[int]) -> Iterable[Connection]:
                 original_dst=None,
                 state="kernel",
                 transport=None,
-                reason=_infer_reason(view, process, tcp),
+                reason=_why(
+                    view, process, tcp, _infer_reason(view, process, tcp), refused
+                ),
                 ring_rx_bytes=0,
                 ring_tx_bytes=0,
                 kernel_rx_bytes=None,
@@ -294,17 +314,19 @@ def connections(*, include_kernel: bool) -> tuple[Connection, ...]:
     for row in rows:
         if any(row.token):
             by_token.setdefault(row.token, []).append(row)
+    # Sockets that the policy of their process keeps on the kernel.
+    refused = {row.inode for row in rows if _reason_name(row.reason) == "policy"}
     found: list[Connection] = []
     known: set[int] = set()
     for row in rows:
-        connection = _from_row(view, row, by_token.get(row.token, [row]))
+        connection = _from_row(view, row, by_token.get(row.token, [row]), refused)
         if connection is None:
             continue
         known.add(row.inode)
         if include_kernel or row.state != RowState.KERNEL:
             found.append(connection)
     if include_kernel:
-        found.extend(_kernel_connections(view, known))
+        found.extend(_kernel_connections(view, known, refused))
     return tuple(sorted(found, key=lambda each: (each.pid, each.fd)))
 
 
