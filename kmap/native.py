@@ -22,6 +22,7 @@ from kmap.results import CannotRun
 
 ABI_VERSION = 1
 CHANNEL_FDS = 5
+POLICY_ERROR = 256
 
 LIBRARY_NAME = "libkmap.so"
 PRELOAD_NAME = "libkmap_preload.so"
@@ -112,6 +113,15 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "kmap_symbol_get": (ctypes.c_int, (ctypes.c_uint, ctypes.POINTER(_Symbol))),
     "kmap_option_get": (ctypes.c_int, (ctypes.c_uint, ctypes.POINTER(_Option))),
     "kmap_layout_get": (ctypes.c_int, (ctypes.c_uint, ctypes.POINTER(_Layout))),
+    "kmap_policy_check": (
+        ctypes.c_int,
+        (
+            ctypes.c_char_p,
+            ctypes.c_size_t,
+            ctypes.POINTER(ctypes.c_uint),
+            ctypes.c_char_p,
+        ),
+    ),
 }
 
 
@@ -145,6 +155,14 @@ class LayoutField:
     field: str
     offset: int
     size: int
+
+
+@dataclass(frozen=True)
+class PolicyFault:
+    """What is wrong with a policy; line 0 is none in particular."""
+
+    line: int
+    message: str
 
 
 @dataclass(frozen=True)
@@ -286,3 +304,12 @@ def layout() -> tuple[LayoutField, ...]:
             )
         )
     return tuple(found)
+
+
+def policy_error(text: bytes) -> PolicyFault | None:
+    """What the library's parser finds wrong in the text of a policy, if anything."""
+    line = ctypes.c_uint()
+    message = ctypes.create_string_buffer(POLICY_ERROR)
+    if library().kmap_policy_check(text, len(text), ctypes.byref(line), message) == 0:
+        return None
+    return PolicyFault(line.value, message.value.decode(errors="replace"))

@@ -23,7 +23,14 @@ from typing import NoReturn
 
 from kmap import native, procfs, wire
 from kmap.launch import environment
-from kmap.results import CannotRun, SubParsers, UsageError, command_parser
+from kmap.policy import arguments
+from kmap.results import (
+    CannotRun,
+    CommandFailed,
+    SubParsers,
+    UsageError,
+    command_parser,
+)
 
 LOG_LEVELS = ("error", "info", "debug")
 TRANSPORTS = ("shm",)
@@ -98,6 +105,7 @@ def add_parser(subparsers: SubParsers) -> None:
         + ", ".join(LOG_LEVELS)
         + "; the same as KMAP_LOG",
     )
+    arguments.add_source_arguments(parser, files="--policy")
     parser.add_argument(
         "--stats",
         action="store_true",
@@ -146,6 +154,26 @@ def _execute(cmd: Sequence[str], env: Mapping[str, str]) -> NoReturn:
     os._exit(code)
 
 
+def _policy(args: argparse.Namespace) -> str | None:
+    """The value of KMAP_POLICY that the arguments ask for.
+
+    Rules that were made here go into the environment themselves: no file stays behind,
+    and there is none that a program of another user could not read.
+    """
+    if not arguments.names_source(args):
+        return None
+    # Here, because this command is in front of every program.
+    from kmap.policy import rules, source
+
+    try:
+        label, derivation = source.read(args)
+        if args.rules is not None and not rules.is_yaml(label):
+            return os.path.abspath(label)
+        return rules.INLINE + derivation.policy.text(comments=False)
+    except CommandFailed as error:
+        raise UsageError(str(error)) from None
+
+
 def run(args: argparse.Namespace) -> NoReturn:
     """Becomes CMD, or ends as CMD ended."""
     cmd = args.cmd[1:] if args.cmd[:1] == ["--"] else args.cmd
@@ -160,6 +188,8 @@ def run(args: argparse.Namespace) -> NoReturn:
                 f"--log {args.log}: the level is one of {', '.join(LOG_LEVELS)}"
             )
         options["KMAP_LOG"] = args.log
+    if (policy := _policy(args)) is not None:
+        options["KMAP_POLICY"] = policy
     env = environment(_initial_environment(), options=options)
     if args.stats or args.json:
         _run_with_statistics(cmd, env, as_json=args.json)
