@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""http_end.py ADDRESS PORT: an HTTP server that sends bodies back, and a client.
+
+Prints "ready" when it listens.  For each line "HOST PORT COUNT SIZE" on standard input
+it makes a connection that stays open, posts COUNT bodies of SIZE bytes on it and prints
+"COUNT right", or what went wrong.  "again N COUNT SIZE" does so on the connection that
+line N made, counted from 0.  It ends with its standard input.
+"""
+
+from __future__ import annotations
+
+import http.client
+import http.server
+import os
+import sys
+import threading
+
+
+class Echo(http.server.BaseHTTPRequestHandler):
+    """Sends back what it gets, and keeps the connection."""
+
+    protocol_version = "HTTP/1.1"
+    # Headers and body are two writes.
+    disable_nagle_algorithm = True
+
+    def do_POST(self) -> None:
+        """One request."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Says nothing."""
+
+
+def call(connection: http.client.HTTPConnection, count: int, size: int) -> str:
+    """All requests of one line."""
+    for number in range(count):
+        body = os.urandom(size)
+        headers = {"Content-Type": "application/octet-stream"}
+        connection.request("POST", "/", body, headers)
+        answer = connection.getresponse()
+        got = answer.read()
+        if answer.status != 200 or got != body:
+            return f"request {number}: {answer.status}, {len(got)} of {size} bytes"
+    return f"{count} right"
+
+
+def main() -> None:
+    """Serves in threads; calls in this one."""
+    address = (sys.argv[1], int(sys.argv[2]))
+    server = http.server.ThreadingHTTPServer(address, Echo)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print("ready", flush=True)
+    connections = []
+    for line in sys.stdin:
+        host, port, count, size = line.split()
+        number = int(port)
+        if host != "again":
+            connections.append(http.client.HTTPConnection(host, number, timeout=60))
+            number = -1
+        # Made when it is first used, and never anew.
+        connections[number].auto_open = host != "again"
+        try:
+            said = call(connections[number], int(count), int(size))
+        except (OSError, http.client.HTTPException) as error:
+            said = f"{type(error).__name__}: {error}"
+        print(said, flush=True)
+
+
+main()
