@@ -86,7 +86,7 @@ def _bound(statuses: Node) -> dict[str, tuple[Address, ...]]:
     for each in _each(statuses, "listener_statuses"):
         nodes = [each.get("local_address"), *_each(each, "additional_local_addresses")]
         found = [one for n in nodes if n is not None and (one := envoy.address(n))]
-        bound[_name(each)] = tuple(found)
+        bound[envoy.name_of(each)] = tuple(found)
     return bound
 
 
@@ -95,13 +95,8 @@ def _hosts(statuses: Node) -> dict[str, tuple[Address, ...]]:
     for each in _each(statuses, "cluster_statuses"):
         nodes = [host.get("address") for host in _each(each, "host_statuses")]
         found = [one for n in nodes if n is not None and (one := envoy.address(n))]
-        hosts[_name(each)] = tuple(found)
+        hosts[envoy.name_of(each)] = tuple(found)
     return hosts
-
-
-def _name(node: Node) -> str:
-    name = node.get("name")
-    return name.text() if name is not None else ""
 
 
 def _owner(port: int) -> int | None:

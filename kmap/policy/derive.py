@@ -9,7 +9,7 @@ two are known, each rule also names the other end's.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import psutil
@@ -112,22 +112,30 @@ def _ips(address: Address) -> Iterator[Ip]:
         yield from map(ipaddress.ip_address, _LOCALHOST)
 
 
-def _usable(rules: _Rules, what: str, address: Address) -> bool:
-    reasons = {
-        Kind.UDP: "UDP and QUIC are not TCP",
-        Kind.PIPE: "a Unix socket is not TCP",
-        Kind.INTERNAL: "it stays inside Envoy",
-    }
-    if address.kind is not Kind.TCP:
-        rules.leave(f"{what}, {address.text}", reasons[address.kind])
-        return False
-    if address.port == 0:
-        rules.leave(
-            f"{what}, {address.text}",
-            "the kernel chooses its port: --envoy-admin of the running Envoy knows it",
-        )
-        return False
-    return True
+_NOT_TCP = {
+    Kind.UDP: "UDP and QUIC are not TCP",
+    Kind.PIPE: "a Unix socket is not TCP",
+    Kind.INTERNAL: "it stays inside Envoy",
+}
+_ASK_ENVOY = "--envoy-admin of the running Envoy knows"
+
+
+def _tcp(
+    rules: _Rules, what: str, addresses: Iterable[Address]
+) -> Iterator[tuple[Ip, Address]]:
+    """Those that a rule can be about; the others are left with the reason."""
+    for address in addresses:
+        ips = list(_ips(address))
+        if address.kind is not Kind.TCP:
+            why = _NOT_TCP[address.kind]
+        elif address.port == 0:
+            why = f"the kernel chooses its port: {_ASK_ENVOY} it"
+        elif not ips:
+            why = f"a name is not resolved here: {_ASK_ENVOY} its addresses"
+        else:
+            yield from ((ip, address) for ip in ips)
+            continue
+        rules.leave(f"{what}, {address.text}", why)
 
 
 def _listener(rules: _Rules, listener: Listener, who: Parties) -> None:
@@ -135,26 +143,20 @@ def _listener(rules: _Rules, listener: Listener, who: Parties) -> None:
     if listener.unused:
         rules.leave(what, listener.unused)
         return
-    for address in listener.addresses:
-        if not _usable(rules, what, address):
+    for ip, address in _tcp(rules, what, listener.addresses):
+        net = _net(ip, address.port)
+        rules.envoy_end(what, role="acceptor", local=net)
+        if not listener.original_dst:
+            rules.service_end(what, role="connector", peer=net)
             continue
-        ips = list(_ips(address))
-        if not ips:
-            rules.leave(f"{what}, {address.text}", "its address is a name")
-        for ip in ips:
-            net = _net(ip, address.port)
-            rules.envoy_end(what, role="acceptor", local=net)
-            if not listener.original_dst:
-                rules.service_end(what, role="connector", peer=net)
-                continue
-            redirected = f"{what}, for connections redirected to it"
-            rules.service_end(redirected, role="connector", via=net)
-            if who.envoy_uid is None:
-                rules.leave(
-                    f"{redirected}, from other users than Envoy's",
-                    "a program trusts another user's Envoy with a redirected "
-                    "connection only where the user is named: --envoy-uid",
-                )
+        redirected = f"{what}, for connections redirected to it"
+        rules.service_end(redirected, role="connector", via=net)
+        if who.envoy_uid is None:
+            rules.leave(
+                f"{redirected}, from other users than Envoy's",
+                "a program trusts another user's Envoy with a redirected connection "
+                "only where the user is named: --envoy-uid",
+            )
 
 
 def _original_dst(rules: _Rules, what: str, who: Parties) -> None:
@@ -183,28 +185,17 @@ def _cluster(rules: _Rules, cluster: Cluster, who: Parties) -> None:
     if not cluster.endpoints:
         rules.leave(
             what,
-            "it has no endpoints here: --envoy-admin of the running Envoy knows those "
-            "that it was told of"
+            f"it has no endpoints here: {_ASK_ENVOY} those that it was told of"
             if cluster.discovery == "EDS"
             else "it has no endpoints",
         )
-    for address in cluster.endpoints:
-        if not _usable(rules, what, address):
+    for ip, address in _tcp(rules, what, cluster.endpoints):
+        if not (ip.is_loopback or ip in who.addresses):
+            rules.leave(f"{what}, {address.text}", "not an address of this host")
             continue
-        ips = list(_ips(address))
-        if not ips:
-            rules.leave(
-                f"{what}, {address.text}",
-                "a name is not resolved here: --envoy-admin of the running Envoy knows "
-                "its addresses",
-            )
-        for ip in ips:
-            if not (ip.is_loopback or ip in who.addresses):
-                rules.leave(f"{what}, {address.text}", "not an address of this host")
-                continue
-            net = _net(ip, address.port)
-            rules.envoy_end(what, role="connector", peer=net)
-            rules.service_end(what, role="acceptor", local=net)
+        net = _net(ip, address.port)
+        rules.envoy_end(what, role="connector", peer=net)
+        rules.service_end(what, role="acceptor", local=net)
 
 
 def derive(config: EnvoyConfig, parties: Parties) -> Derivation:

@@ -111,7 +111,8 @@ def address(node: Node) -> Address | None:
     return None
 
 
-def _name(node: Node) -> str:
+def name_of(node: Node) -> str:
+    """Its name; empty where it has none."""
     name = node.get("name")
     return name.text() if name is not None else ""
 
@@ -123,7 +124,7 @@ def _is_original_dst(node: Node) -> bool:
     filters = node.get("listener_filters")
     for each in filters.sequence() if filters is not None else ():
         kind = each.get("typed_config", "@type")
-        if _name(each).endswith("listener.original_dst") or (
+        if name_of(each).endswith("listener.original_dst") or (
             kind is not None and kind.text().endswith(".OriginalDst")
         ):
             return True
@@ -147,7 +148,7 @@ def listener(node: Node) -> Listener:
         unused = "an API listener has no socket"
     elif bind is not None and not bind.truth():
         unused = "it is not bound: its connections come through another listener"
-    return Listener(_name(node), tuple(found), _is_original_dst(node), unused)
+    return Listener(name_of(node), tuple(found), _is_original_dst(node), unused)
 
 
 def _lb_endpoints(assignment: Node) -> list[Node]:
@@ -176,7 +177,7 @@ def cluster(node: Node) -> Cluster:
         discovery = _DISCOVERY[int(discovery)]
     custom = node.get("cluster_type")
     if custom is not None:
-        discovery = _name(custom)
+        discovery = name_of(custom)
         if discovery.endswith("original_dst"):
             discovery = ORIGINAL_DST
     found: list[Address] = []
@@ -188,7 +189,7 @@ def cluster(node: Node) -> Cluster:
         named = assignment.get("named_endpoints")
         for endpoint in named.mapping().values() if named is not None else ():
             found.extend(_endpoint_addresses(endpoint))
-    return Cluster(_name(node), discovery, tuple(found))
+    return Cluster(name_of(node), discovery, tuple(found))
 
 
 def admin_address(bootstrap: Node) -> Address | None:

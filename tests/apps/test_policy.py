@@ -68,6 +68,17 @@ def _bootstrap(admin: int, **resources: Any) -> dict[str, Any]:
     }
 
 
+def _one_service(directory: Path, admin: int, inbound: int, served: int) -> Path:
+    """The settings of an Envoy before one service, in a file."""
+    config = directory / "envoy.json"
+    resources = {
+        "listeners": [_proxy("inbound", inbound, "service")],
+        "clusters": [_cluster("service", _address(served))],
+    }
+    config.write_text(json.dumps(_bootstrap(admin, static_resources=resources)))
+    return config
+
+
 def _start_envoy(
     launch: Launch, path: str, config: Path, port: int, env: Mapping[str, str]
 ) -> Program:
@@ -115,18 +126,7 @@ def test_only_the_sidecars_hops_are_upgraded(
     public_path: Path,
 ) -> None:
     admin, inbound, served, other = (ports.take() for _ in range(4))
-    config = public_path / "envoy.json"
-    config.write_text(
-        json.dumps(
-            _bootstrap(
-                admin,
-                static_resources={
-                    "listeners": [_proxy("inbound", inbound, "service")],
-                    "clusters": [_cluster("service", _address(served))],
-                },
-            )
-        )
-    )
+    config = _one_service(public_path, admin, inbound, served)
     rules = public_path / "hops.rules"
     if source == "--envoy-admin":
         plain = _start_envoy(launch, envoy_path, config, inbound, kernel_env)
@@ -171,18 +171,7 @@ def test_without_a_policy_all_of_them_are(
 ) -> None:
     """Vouches for the test above."""
     admin, inbound, served, other = (ports.take() for _ in range(4))
-    config = public_path / "envoy.json"
-    config.write_text(
-        json.dumps(
-            _bootstrap(
-                admin,
-                static_resources={
-                    "listeners": [_proxy("inbound", inbound, "service")],
-                    "clusters": [_cluster("service", _address(served))],
-                },
-            )
-        )
-    )
+    config = _one_service(public_path, admin, inbound, served)
     service = launch(python("echo_ports", served, other), env=kmap_env)
     service.wait_line()
     envoy = _start_envoy(launch, envoy_path, config, inbound, kmap_env)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import kmap
 from kmap import procfs
 from kmap.demo import programs
 from kmap.native import PRELOAD_NAME, preload_path
@@ -176,6 +177,11 @@ class Pod:
         self.directory = directory
         for source in (preload_path(), PROGRAMS / "http_end.py"):
             shutil.copy(source, directory)
+        # The part of the package that http_end.py needs.
+        for name in ("__init__.py", "demo/__init__.py", "demo/echo_service.py"):
+            target = directory / "kmap" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(kmap.__file__).parent / name, target)
         self._envoy_path = directory / "envoy"
         envoy = programs.find_envoy().path
         try:
@@ -184,6 +190,9 @@ class Pod:
             shutil.copy(envoy, self._envoy_path)
         self._config = directory / "bootstrap.json"
         self._config.write_text(bootstrap())
+        # Whatever the umask is.
+        for path in directory.rglob("*"):
+            path.chmod(path.stat().st_mode | (0o555 if path.is_dir() else 0o444))
 
     @property
     def config(self) -> Path:
@@ -230,7 +239,7 @@ class Pod:
         name = self._names.outside if outside else self._names.pod
         argv = [
             _public_python(),
-            "-IS",
+            "-sES",
             str(self.directory / "http_end.py"),
             address,
             str(port),

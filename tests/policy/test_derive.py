@@ -143,7 +143,7 @@ def test_a_listener_of_redirected_connections(how: str, bootstrap: Path) -> None
             "address: {socket_address: {protocol: UDP, address: '::', port_value: 1}}",
             "not TCP",
         ),
-        (f"address: {_socket('some.host', 1)}", "a name"),
+        (f"address: {_socket('some.host', 1)}", "a name is not resolved"),
     ],
 )
 def test_listeners_without_a_rule(body: str, why: str, bootstrap: Path) -> None:

@@ -10,29 +10,12 @@ line N made, counted from 0.  It ends with its standard input.
 from __future__ import annotations
 
 import http.client
-import http.server
 import os
 import sys
 import threading
+from http.server import ThreadingHTTPServer
 
-
-class Echo(http.server.BaseHTTPRequestHandler):
-    """Sends back what it gets, and keeps the connection."""
-
-    protocol_version = "HTTP/1.1"
-    # Headers and body are two writes.
-    disable_nagle_algorithm = True
-
-    def do_POST(self) -> None:
-        """One request."""
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Says nothing."""
+from kmap.demo.echo_service import Echo
 
 
 def call(connection: http.client.HTTPConnection, count: int, size: int) -> str:
@@ -51,7 +34,7 @@ def call(connection: http.client.HTTPConnection, count: int, size: int) -> str:
 def main() -> None:
     """Serves in threads; calls in this one."""
     address = (sys.argv[1], int(sys.argv[2]))
-    server = http.server.ThreadingHTTPServer(address, Echo)
+    server = ThreadingHTTPServer(address, Echo)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print("ready", flush=True)
