@@ -35,6 +35,10 @@ POD = "10.244.0.5"
 OUTSIDE = "10.244.0.1"
 # The address of a service, which only the outside has.
 VIP = "10.96.0.7"
+# The same in IPv6, with which only outbound connections are made.
+POD6 = "fd00:244::5"
+OUTSIDE6 = "fd00:244::1"
+VIP6 = "fd00:96::7"
 VIP_PORT = 80
 APP_PORT = 8080
 OUTBOUND, INBOUND, ADMIN = 15001, 15006, 15000
@@ -47,6 +51,11 @@ PREROUTING -p tcp -j REDIRECT --to-ports {INBOUND}
 OUTPUT -p tcp -s {INBOUND_SOURCE}/32 -o lo -j RETURN
 OUTPUT -p tcp -m owner --uid-owner {ENVOY_UID} -j RETURN
 OUTPUT -p tcp -d 127.0.0.1/32 -j RETURN
+OUTPUT -p tcp -j REDIRECT --to-ports {OUTBOUND}
+"""
+_NAT6 = f"""\
+OUTPUT -p tcp -m owner --uid-owner {ENVOY_UID} -j RETURN
+OUTPUT -p tcp -d ::1/128 -j RETURN
 OUTPUT -p tcp -j REDIRECT --to-ports {OUTBOUND}
 """
 
@@ -76,14 +85,21 @@ def namespaces() -> Iterator[Namespaces]:
             _run("ip", "-n", name, "link", "set", "lo", "up")
         veth = ("link", "add", "eth0", "type", "veth", "peer", "eth0")
         _run("ip", "-n", names.pod, *veth, "netns", names.outside)
-        for name, address in ((names.pod, POD), (names.outside, OUTSIDE)):
-            _run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
+        for name, address, address6 in (
+            (names.pod, POD, POD6),
+            (names.outside, OUTSIDE, OUTSIDE6),
+        ):
+            add = ("ip", "-n", name, "addr", "add")
+            _run(*add, f"{address}/24", "dev", "eth0")
+            _run(*add, f"{address6}/64", "dev", "eth0", "nodad")
             _run("ip", "-n", name, "link", "set", "eth0", "up")
-        _run("ip", "-n", names.outside, "addr", "add", f"{VIP}/32", "dev", "lo")
-        _run("ip", "-n", names.pod, "route", "add", "default", "via", OUTSIDE)
-        for rule in _NAT.splitlines():
-            command = ("iptables", "-w", "-t", "nat", "-A", *rule.split())
-            _run("ip", "netns", "exec", names.pod, *command)
+        for address, gateway in ((f"{VIP}/32", OUTSIDE), (f"{VIP6}/128", OUTSIDE6)):
+            _run("ip", "-n", names.outside, "addr", "add", address, "dev", "lo")
+            _run("ip", "-n", names.pod, "route", "add", "default", "via", gateway)
+        for program, rules in (("iptables", _NAT), ("ip6tables", _NAT6)):
+            for rule in rules.splitlines():
+                command = (program, "-w", "-t", "nat", "-A", *rule.split())
+                _run("ip", "netns", "exec", names.pod, *command)
         yield names
 
 
@@ -118,10 +134,14 @@ def _listener(name: str, port: int, cluster: str) -> dict[str, Any]:
         "name": "envoy.filters.network.http_connection_manager",
         "typed_config": manager,
     }
-    address = {"address": "0.0.0.0", "port_value": port}
+    first, second = (
+        {"socket_address": {"address": address, "port_value": port}}
+        for address in ("0.0.0.0", "::")
+    )
     return {
         "name": name,
-        "address": {"socket_address": address},
+        "address": first,
+        "additional_addresses": [{"address": second}],
         "listener_filters": [
             {
                 "name": "envoy.filters.listener.original_dst",

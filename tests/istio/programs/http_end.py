@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import socket
 import sys
 import threading
 from http.server import ThreadingHTTPServer
@@ -34,6 +35,8 @@ def call(connection: http.client.HTTPConnection, count: int, size: int) -> str:
 def main() -> None:
     """Serves in threads; calls in this one."""
     address = (sys.argv[1], int(sys.argv[2]))
+    if ":" in address[0]:
+        ThreadingHTTPServer.address_family = socket.AF_INET6
     server = ThreadingHTTPServer(address, Echo)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
