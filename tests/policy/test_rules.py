@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from kmap.policy import rules, words
 from kmap.policy.rules import Policy, Rule
 from kmap.policy.tree import PolicyError
+from tests.builds import ROOT
 
 LINES = """\
 # what a sidecar does
@@ -125,6 +128,17 @@ def test_a_name_cannot_add_a_rule() -> None:
     rule = Rule("deny", (("port", "1"),), "listener a\nallow port=2")
     text = Policy((rule,)).text()
     assert text == "# listener a?allow port=2\ndeny port=1\ndefault deny\n"
+
+
+def test_the_rules_in_the_documentation() -> None:
+    text = (ROOT / "docs" / "policy.md").read_text()
+    found = re.findall(r"^ {4,}(?:rules:)?((?:allow|deny|default) .*)$", text, re.M)
+    assert len(found) > 10
+    for line in found:
+        rules.check(line, line)
+    (yaml,) = re.findall(r"^    rules:\n(?:    .*\n)+", text, re.M)
+    policy = rules.parse_yaml_rules(textwrap.dedent(yaml), "docs/policy.md")
+    assert len(policy.rules) == 2
 
 
 def test_words() -> None:
