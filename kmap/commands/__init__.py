@@ -5,4 +5,14 @@ from __future__ import annotations
 
 # Modules in the order in which ``kmap --help`` lists them.  They are imported by
 # name so that a command whose optional packages are absent can say so itself.
-COMMANDS = ("run", "ss", "stats", "path", "policy", "demo", "bench", "stress")
+COMMANDS = (
+    "run",
+    "ss",
+    "stats",
+    "path",
+    "policy",
+    "inject",
+    "demo",
+    "bench",
+    "stress",
+)

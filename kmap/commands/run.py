@@ -31,9 +31,7 @@ from kmap.results import (
     UsageError,
     command_parser,
 )
-
-LOG_LEVELS = ("error", "info", "debug")
-TRANSPORTS = ("shm",)
+from kmap.settings import LOG_LEVELS, TRANSPORTS
 
 # What a shell or a supervisor sends to a program to tell it something.
 _PASSED_ON = (
