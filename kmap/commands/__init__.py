@@ -12,6 +12,7 @@ COMMANDS = (
     "path",
     "policy",
     "inject",
+    "webhook",
     "demo",
     "bench",
     "stress",
