@@ -31,7 +31,7 @@ class CannotEdit(Exception):
 
 
 # What reads as the same string by YAML 1.1 and 1.2 without quotes.
-_PLAIN = re.compile(r"[A-Za-z/][\w./-]*(:[\w./-]+)*")
+_PLAIN = re.compile(r"[A-Za-z/][\w./-]*(:[\w./-]+)*|[0-9]+(m|[KMG]i)")
 _NOT_STRINGS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
 
 
