@@ -82,7 +82,8 @@ class _Editor:
         # thing after which the other one is written.
         for start, _, _, end, piece in sorted(self._splices):
             if start < at:
-                raise AssertionError("changes overlap")
+                line = self._text.count("\n", 0, start) + 1
+                raise CannotEdit("changes overlap here", line)
             pieces += (self._text[at:start], piece)
             at = end
         text = "".join(pieces) + self._text[at:]
@@ -104,7 +105,7 @@ class _Editor:
         elif isinstance(parent, SequenceNode):
             self._change_item(parent, change, last)
         else:
-            raise AssertionError(f"{change.path} is in a scalar")
+            raise CannotEdit("there is no mapping or list here", _line_of(parent))
 
     def _list_indent(self) -> int:
         """How far lists are indented in this text, below their keys: 0, 2 or so."""
@@ -161,7 +162,22 @@ class _Editor:
             kept = self._text[:end].rstrip(" \n\r")
             # "+" keeps blank lines at the end as part of the text.
             return end if "+" in header.split("#")[0] else len(kept)
+        if end == int(node.start_mark.index):
+            return self._end_before(end)
         return end
+
+    def _end_before(self, index: int) -> int:
+        """Where the text before index ends; nothing has been found up to there.
+
+        The parser says of a value that is not there that it is in front of whatever
+        comes next.
+        """
+        while True:
+            head = self._text[:index].rstrip()
+            line = self._line_start(len(head))
+            if not self._text[line : len(head)].lstrip().startswith("#"):
+                return len(head)
+            index = line
 
     def _line_start(self, index: int) -> int:
         return self._text.rfind("\n", 0, index) + 1
@@ -212,7 +228,7 @@ class _Editor:
                 )
             self._remove_key(parent, *pair)
         elif pair is not None:
-            self._set_value(pair[1], change.value)
+            self._set_value(pair[1], change.value, pair[0])
         elif parent.flow_style:
             piece = f"{json.dumps(key)}: {json.dumps(change.value)}"
             ends = [value for _, value in parent.value]
@@ -265,8 +281,10 @@ class _Editor:
             self._filled.add(id(parent))
         self._splice(at, at, piece, depth)
 
-    def _set_value(self, node: Node, value: Any) -> None:
+    def _set_value(self, node: Node, value: Any, key: Node | None = None) -> None:
         start, end = int(node.start_mark.index), int(node.end_mark.index)
+        if start == end and key is not None:
+            start = end = self._text.index(":", int(key.end_mark.index)) + 1
         if isinstance(node, ScalarNode) and isinstance(value, str):
             styled = self._in_style(node, value)
             if styled is not None:

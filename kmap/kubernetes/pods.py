@@ -12,7 +12,7 @@ Field names are those of the pod API, version v1.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,9 @@ PREFIX = "kmap.io/"
 IMAGE = f"kmap-init:{__version__}"
 
 INIT_CONTAINER = "kmap-init"
+# A variable of the init container: CONTAINER/NAME of settings that a container had of
+# itself with the same value, and that are not to be taken out as ours.
+KEPT = "KMAP_INIT_KEPT"
 VOLUME = "kmap-library"
 MOUNT_PATH = "/kmap"
 LIBRARY = f"{MOUNT_PATH}/{native.PRELOAD_NAME}"
@@ -157,7 +160,9 @@ def _chosen(spec: Mapping[str, Any], wanted: str | None) -> list[str]:
     return [name for name in here if name in names]
 
 
-def _init_container(pod: Pod, image: str, values: Mapping[str, str]) -> dict[str, Any]:
+def _init_container(
+    pod: Pod, image: str, values: Mapping[str, str], kept: Sequence[str]
+) -> dict[str, Any]:
     pod_security = _mapping(pod["spec"].get("securityContext"), "spec.securityContext")
     security: dict[str, Any] = {
         "allowPrivilegeEscalation": False,
@@ -175,7 +180,8 @@ def _init_container(pod: Pod, image: str, values: Mapping[str, str]) -> dict[str
     }
     if values:
         # It has no use for them itself: they tell what the others were given.
-        container["env"] = _variables(values)
+        noted = {KEPT: ",".join(kept)} if kept else {}
+        container["env"] = _variables({**values, **noted})
     # Requests are the limits, so that a pod whose other containers are of the class
     # Guaranteed stays in it.  Starting a container takes most of both.
     amounts = {"cpu": "100m", "memory": "64Mi"}
@@ -264,7 +270,13 @@ def _clean_inject(pod: Pod, options: Options, said: Mapping[str, str]) -> Plan:
     changes += append(("spec", "volumes"), spec.get("volumes"), [volume])
     # Native sidecars start in the order of the list, so it has to be the first.  And it
     # is the last change, for the indices of the others to hold.
-    init = _init_container(pod, options.image, values)
+    kept = [
+        f"{container['name']}/{variable['name']}"
+        for _, container in _lasting(spec)
+        for variable in _items(container, "env", container["name"])
+        if values.get(variable["name"], variable) == variable.get("value")
+    ]
+    init = _init_container(pod, options.image, values, kept)
     if spec.get("initContainers"):
         changes.append(Change("add", ("spec", "initContainers", 0), init))
     else:
@@ -286,9 +298,12 @@ def uninject(pod: Pod) -> Plan:
     index = _find(inits, INIT_CONTAINER)
     ours = [] if index is None else _items(inits[index], "env", INIT_CONTAINER)
     given = {(v["name"], v.get("value")) for v in ours}
+    noted = [str(v.get("value")) for v in ours if v["name"] == KEPT]
+    kept = set(",".join(noted).split(","))
     changes: list[Change] = []
     for path, container in _lasting(spec):
-        what = f"container {container['name']}"
+        name = container["name"]
+        what = f"container {name}"
         env = _items(container, "env", what)
         gone = []
         for i, variable in enumerate(env):
@@ -296,14 +311,20 @@ def uninject(pod: Pod) -> Plan:
             if variable["name"] == "LD_PRELOAD" and isinstance(value, str):
                 if LIBRARY not in _entries(value):
                     continue
-                pattern = rf"(^|[\s:]+){re.escape(LIBRARY)}(?=$|[\s:])"
+                pattern = rf"(^|[\s:]){re.escape(LIBRARY)}(?=$|[\s:])"
                 rest = re.sub(pattern, "", value)
                 if value.startswith(LIBRARY):
                     rest = rest.lstrip(": ")
                 if _entries(rest):
                     changes.append(Change("replace", (*path, "env", i, "value"), rest))
                     continue
+                if set(variable) > {"name", "value"}:
+                    # Of no sense to Kubernetes, but not ours.
+                    changes.append(Change("remove", (*path, "env", i, "value")))
+                    continue
                 gone.append(i)
+            elif f"{name}/{variable['name']}" in kept:
+                continue
             elif (variable["name"], value) in given:
                 gone.append(i)
         changes += remove((*path, "env"), env, gone)

@@ -52,6 +52,11 @@ class Alias(Node):
 
 
 class _Composer(Composer):  # type: ignore[misc,unused-ignore]
+    def __init__(self, loader: Any = None) -> None:
+        super().__init__(loader)
+        # An anchor may be used again, and what is right is no reason to warn.
+        self.warn_double_anchors = False
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.parser.peek_event()
         node = super().compose_node(parent, index)

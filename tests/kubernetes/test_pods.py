@@ -60,6 +60,7 @@ def test_it_stays_guaranteed() -> None:
         (" ", LIBRARY),
         ("/a.so", f"/a.so:{LIBRARY}"),
         ("/a.so /b.so", f"/a.so /b.so:{LIBRARY}"),
+        ("/a.so  ", f"/a.so  :{LIBRARY}"),
         (LIBRARY, LIBRARY),
         (f"{LIBRARY}:/a.so", f"{LIBRARY}:/a.so"),
         (f"/x{LIBRARY}", f"/x{LIBRARY}:{LIBRARY}"),
@@ -78,6 +79,14 @@ def test_of_two_variables_the_last_counts() -> None:
     env = [{"name": "LD_PRELOAD", "value": v} for v in ("/a.so", "/b.so")]
     done = made(pod({"name": "a", "env": env}))
     assert preloads(done) == ["/a.so", f"/b.so:{LIBRARY}"]
+
+
+def test_a_variable_with_something_else() -> None:
+    """It stays where it is, and as it is."""
+    given = pod({"name": "a", "env": [{"name": "LD_PRELOAD", "other": 1}]})
+    done = made(given)
+    assert made(done) == done
+    assert apply(done, uninject(done).changes) == given
 
 
 def test_a_variable_without_a_value() -> None:
@@ -118,6 +127,18 @@ def test_a_users_own_settings_stay() -> None:
     assert {"name": "KMAP_SPIN_US", "value": "1"} in done["spec"]["containers"][0][
         "env"
     ]
+
+
+def test_a_setting_that_a_container_has_already() -> None:
+    """It is the container's own, although it looks like ours."""
+    env = [{"name": "KMAP_LOG", "value": "info"}, {"name": "A", "value": "b"}]
+    given = pod({"name": "a", "env": env}, {"name": "b"})
+    options = Options(settings={"KMAP_LOG": "info"})
+    done = made(given, options)
+    assert inject(done, options).steps == ()
+    assert apply(done, uninject(done).changes) == given
+    # Also with other settings over it.
+    assert made(made(done, Options(settings={"KMAP_SPIN_US": "1"})), options) == done
 
 
 def test_what_is_given_stays_as_it_is() -> None:

@@ -298,13 +298,15 @@ def test_bad_requests(webhook: Webhook) -> None:
 
 def test_connections_are_kept(webhook: Webhook) -> None:
     connection = webhook.connect()
+    connection.connect()
+    first = connection.sock
     for _ in range(3):
         body = json.dumps(REVIEW).encode()
         connection.request(
             "POST", "/mutate", body, {"Content-Type": "application/json"}
         )
         assert connection.getresponse().read()
-        assert connection.sock is not None
+        assert connection.sock is first
     connection.close()
 
 
