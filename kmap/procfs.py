@@ -137,20 +137,25 @@ def _is_statistics(path: str) -> bool:
         os.close(fd)
 
 
+def links(pid: int) -> dict[int, str]:
+    """What each descriptor of the process leads to, such as "socket:[4711]"."""
+    found: dict[int, str] = {}
+    directory = f"/proc/{pid}/fd"
+    with contextlib.suppress(OSError):
+        for name in sorted(os.listdir(directory), key=int):
+            with contextlib.suppress(OSError):
+                found[int(name)] = os.readlink(f"{directory}/{name}")
+    return found
+
+
 def _descriptors(pid: int) -> tuple[dict[int, int], tuple[StatisticsFile, ...]]:
     sockets: dict[int, int] = {}
     statistics: dict[tuple[int, int], StatisticsFile] = {}
-    directory = f"/proc/{pid}/fd"
-    try:
-        names = sorted(os.listdir(directory), key=int)
-    except OSError:
-        return sockets, ()
-    for name in names:
-        path = f"{directory}/{name}"
+    for fd, link in links(pid).items():
+        path = f"/proc/{pid}/fd/{fd}"
         with contextlib.suppress(OSError):
-            link = os.readlink(path)
             if match := _SOCKET_LINK.fullmatch(link):
-                sockets.setdefault(int(match[1]), int(name))
+                sockets.setdefault(int(match[1]), fd)
             elif link.startswith(STATISTICS_LINK) or (
                 link.startswith(UNNAMED_LINK) and _is_statistics(path)
             ):

@@ -42,6 +42,7 @@ class Child:
         log: Path,
         cpus: Iterable[int] | None = None,
         take_output: bool = False,
+        take_input: bool = False,
     ) -> None:
         self.name = name
         self.log = log
@@ -55,7 +56,7 @@ class Child:
                 self._process = subprocess.Popen(
                     argv,
                     env=dict(env),
-                    stdin=subprocess.DEVNULL,
+                    stdin=subprocess.PIPE if take_input else subprocess.DEVNULL,
                     stdout=subprocess.PIPE if take_output else file,
                     stderr=file,
                     start_new_session=True,
@@ -81,6 +82,16 @@ class Child:
         """Standard output, if it was taken."""
         assert self._process.stdout is not None
         return self._process.stdout
+
+    def tell(self, line: str) -> None:
+        """Writes a line to standard input, if it was taken."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(f"{line}\n".encode())
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self.wait(_CLOSE_S)
+            raise self.failure("ended early") from None
 
     def wait(self, timeout: float) -> bool:
         """Whether the process ended within timeout seconds; keeps what it used."""
@@ -135,6 +146,9 @@ class Child:
             self.send(signal.SIGTERM)
             if not self.wait(_CLOSE_S):
                 self._reap()
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
         if self._process.stdout is not None:
             self._process.stdout.close()
         if self._pidfd >= 0:

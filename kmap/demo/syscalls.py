@@ -14,7 +14,7 @@ import contextlib
 import re
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,8 +58,13 @@ _CONTROL = (
     "getsockname",
     "getpeername",
     "ioctl",
+    "bind",
+    "listen",
+    "close",
 )
-_WAITS = (
+# Those that enter the network stack if they are about a socket.
+STACK = frozenset((*_DATA, *_CONTROL))
+WAITS = (
     "epoll_wait",
     "epoll_pwait",
     "epoll_pwait2",
@@ -68,7 +73,7 @@ _WAITS = (
     "select",
     "pselect6",
 )
-_TRACED = ",".join((*_DATA, *_CONTROL, *_WAITS, "futex"))
+_TRACED = ",".join((*_DATA, *_CONTROL, *WAITS, "futex"))
 
 # Such as "123 1700000000.123456 readv(7<socket:[4711]>, ...".  The second half of an
 # interrupted call begins with "<..." and is not counted again.
@@ -98,11 +103,11 @@ class Calls:
         )
 
 
-_NONE = Calls(0, 0, 0, 0)
+NONE = Calls(0, 0, 0, 0)
 
 
 def _kind(name: str, file: str, line: str) -> Calls:
-    if name in _WAITS:
+    if name in WAITS:
         return Calls(0, 1, 0, 0)
     if name == "futex":
         return Calls(0, 0, 0, 1)
@@ -112,7 +117,7 @@ def _kind(name: str, file: str, line: str) -> Calls:
         return Calls(0, 0, 1, 0)
     if file.startswith("socket:") or name == "socket":
         return Calls(1, 0, 0, 0)
-    return _NONE
+    return NONE
 
 
 def count(trace: Iterable[str], began: float, ended: float) -> dict[int, Calls]:
@@ -123,7 +128,7 @@ def count(trace: Iterable[str], began: float, ended: float) -> dict[int, Calls]:
         if match and began <= float(match["time"]) <= ended:
             pid = int(match["pid"])
             kind = _kind(match["name"], match["file"] or "", line)
-            found[pid] = found.get(pid, _NONE) + kind
+            found[pid] = found.get(pid, NONE) + kind
     return found
 
 
@@ -142,10 +147,13 @@ class Counted:
         return self.client + self.envoy + self.service
 
 
-def _strace(programs: Programs, output: Path) -> tuple[str, ...]:
-    assert programs.strace is not None
+class Refused(Exception):
+    """strace may not trace here."""
+
+
+def _strace(program: str, output: Path) -> tuple[str, ...]:
     return (
-        programs.strace.path,
+        program,
         "--follow-forks",
         "--quiet=all",
         "--decode-fds=path",
@@ -166,12 +174,42 @@ def _traced(pid: int) -> bool:
     return False
 
 
-def _tasks(pids: Iterable[int]) -> set[int]:
+def tasks(pids: Iterable[int]) -> set[int]:
+    """The threads of processes, by number."""
     found: set[int] = set()
     for pid in pids:
         with contextlib.suppress(OSError):
             found.update(int(task.name) for task in Path(f"/proc/{pid}/task").iterdir())
     return found
+
+
+@contextlib.contextmanager
+def attached(
+    program: str, pids: Sequence[int], directory: Path, env: Mapping[str, str]
+) -> Iterator[Child]:
+    """Strace on running processes and what they start; raises Refused if it may not.
+
+    What it wrote is complete, in directory/strace.out, once the block has been left.
+    """
+    output = directory / "strace.out"
+    output.unlink(missing_ok=True)
+    tracer = Child(
+        "strace",
+        [*_strace(program, output), *(f"--attach={pid}" for pid in pids)],
+        env=env,
+        log=directory / "strace.log",
+    )
+    with tracer:
+        deadline = Deadline(_ATTACH_S, "strace did not attach")
+        try:
+            while not all(_traced(pid) for pid in pids):
+                if tracer.wait(0):
+                    raise Refused("strace ended before it had attached")
+                deadline.pause()
+        except ChildFailed as error:
+            raise Refused(str(error)) from error
+        yield tracer
+        tracer.stop(_DETACH_S, signal.SIGINT)
 
 
 def run(
@@ -182,47 +220,35 @@ def run(
     The load is running when strace attaches, so that what is counted is the steady
     state.  Requests are counted by the bytes that Envoy carries for its client.
     """
-    output = rig.directory / "strace.out"
-    output.unlink(missing_ok=True)
+    assert programs.strace is not None
     envoy = rig.envoy.child.pid
     services = rig.nginx.family()
     with wrk.start(programs, rig, load, _LOAD_S, cpus=rig.cpus) as client:
         if client.wait(_WARM_UP_S):
             raise client.failure("ended early")
-        tasks = {
-            "client": _tasks([client.pid]),
+        threads = {
+            "client": tasks([client.pid]),
             # The first thread of Envoy serves its admin endpoint, which we use.
-            "envoy": _tasks([envoy]) - {envoy},
-            "service": _tasks(services),
+            "envoy": tasks([envoy]) - {envoy},
+            "service": tasks(services),
         }
         pids = [client.pid, envoy, *services]
-        tracer = Child(
-            "strace",
-            [*_strace(programs, output), *(f"--attach={pid}" for pid in pids)],
-            env=rig.plain_env,
-            log=rig.directory / "strace.log",
-        )
-        with tracer:
-            deadline = Deadline(_ATTACH_S, "strace did not attach")
-            try:
-                while not all(_traced(pid) for pid in pids):
-                    if tracer.wait(0):
-                        return None
-                    deadline.pause()
-            except ChildFailed:
-                return None
-            before, began = rig.envoy.traffic(), time.time()
-            tracer.wait(_WINDOW_S)
-            after, ended = rig.envoy.traffic(), time.time()
-            tracer.stop(_DETACH_S, signal.SIGINT)
+        strace, where = programs.strace.path, rig.directory
+        try:
+            with attached(strace, pids, where, rig.plain_env) as tracer:
+                before, began = rig.envoy.traffic(), time.time()
+                tracer.wait(_WINDOW_S)
+                after, ended = rig.envoy.traffic(), time.time()
+        except Refused:
+            return None
         wrk.report(client, _LOAD_S)
     requests = round((after - before).client_hop / bytes_per_request)
     if not requests:
         return None
-    with output.open(errors="replace") as lines:
+    with (where / "strace.out").open(errors="replace") as lines:
         by_task = count(lines, began, ended)
 
     def of(program: str) -> Calls:
-        return sum((by_task.get(task, _NONE) for task in tasks[program]), _NONE)
+        return sum((by_task.get(task, NONE) for task in threads[program]), NONE)
 
     return Counted(requests, of("client"), of("envoy"), of("service"))
