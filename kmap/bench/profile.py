@@ -8,6 +8,7 @@ looked for in the innermost frames alone.
 copy      bytes from one place to another, in the kernel, the library or libc
 wake-up   waiting and being woken: scheduler, futexes, epoll, eventfds
 stack     TCP, IP, Unix sockets, pipes, and the calls that lead there
+entry     the way of a system call into the kernel, and out of it
 kernel    everything else in the kernel
 library   libkmap_preload
 program   everything else in user space
@@ -37,7 +38,9 @@ from kmap.demo.wrk import LOADS
 from kmap.progress import orderly_end
 from kmap.results import CannotRun, CommandFailed, UsageError
 
-GROUPS = ("copy", "wake-up", "stack", "kernel", "library", "program")
+GROUPS = ("copy", "wake-up", "stack", "entry", "kernel", "library", "program")
+# perf's event that needs no hardware; its samples weigh nanoseconds.
+CLOCK = "cpu-clock"
 # A prime, so that it beats with no timer.
 _FREQUENCY = 1999
 _STOP_S = 60.0
@@ -61,6 +64,11 @@ _STACK = re.compile(
     r"|__x64_sys_(send|recv|accept|connect|socket|shutdown|setsockopt|getsockopt)"
     r"|ksys_(read|write)|__x64_sys_(read|write)|do_(read|write)v|vfs_(read|write)"
     r"|sendfile|splice|do_iter_readv|__softirqentry|handle_softirqs|do_softirq"
+)
+# Only as the innermost frame: everything in the kernel has it at its end.
+_ENTRY = re.compile(
+    r"^(do_syscall_64|x64_sys_call|entry_SYS(CALL|RET)|syscall_|__syscall_|do_el0_svc|el0_"
+    r"|el0t_64_sync|invoke_syscall)"
 )
 _FRAME = re.compile(
     r"^\s+[0-9a-f]+ (?P<symbol>.+?) \((?P<object>[^()]*(\[[^]]*\])?)\)$"
@@ -110,7 +118,7 @@ def group_of(frames: Sequence[tuple[str, str]]) -> str:
             return "wake-up"
         if _STACK.search(symbol):
             return "stack"
-    return "kernel"
+    return "entry" if _ENTRY.search(kernel[0]) else "kernel"
 
 
 def parse(lines: Iterable[str]) -> dict[str, Profile]:
@@ -162,7 +170,7 @@ def best_event(perf: str) -> str:
     argv = [perf, "stat", "-x,", "-e", "cycles:u", "--", "/bin/true"]
     done = subprocess.run(argv, capture_output=True, text=True)
     supported = done.returncode == 0 and "<not" not in done.stderr
-    return "cycles" if supported else "cpu-clock"
+    return "cycles" if supported else CLOCK
 
 
 def _record(perf: str, event: str, output: Path) -> list[str]:
@@ -215,12 +223,16 @@ def of_command(
 
 
 def of_envoy(
-    perf: str, event: str, load_name: str, setup: Setup, seconds: int
+    perf: str,
+    event: str,
+    load_name: str,
+    setup: Setup,
+    seconds: int,
+    where: frozenset[int],
 ) -> tuple[dict[str, Profile], int]:
-    """Envoy, nginx and wrk on one CPU; the profiles and the requests served."""
+    """Envoy, nginx and wrk on these CPUs; the profiles and the requests served."""
     load = LOADS[load_name]
     found = programs.find_all()
-    where = frozenset({max(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory(prefix="kmap-perf-") as name:
         directory = Path(name)
         root = directory / "root"
@@ -318,7 +330,7 @@ def _of_command(options: argparse.Namespace, perf: str, event: str) -> list[Colu
             raise UsageError("--setups unix: a command runs on kernel or kmap")
         env = setup.environment(os.environ)
         profiles, took = of_command(perf, event, options.command, env)
-        unit, divisor = ("ms", 1e6) if event == "cpu-clock" else ("Mcycles", 1e6)
+        unit, divisor = ("ms", 1e6) if event == CLOCK else ("Mcycles", 1e6)
         print(f"{setup.value}: {took:.2f} s", file=sys.stderr)
         columns.append(Column(setup.value, merged(profiles.values()), divisor, unit))
     return columns
@@ -328,11 +340,12 @@ def _of_envoy(options: argparse.Namespace, perf: str, event: str) -> list[Column
     if options.envoy not in LOADS:
         raise UsageError(f"--envoy {options.envoy}: there are {', '.join(LOADS)}")
     columns = []
-    unit, divisor = ("us", 1e3) if event == "cpu-clock" else ("cycles", 1)
+    unit, divisor = ("us", 1e3) if event == CLOCK else ("cycles", 1)
+    where = frozenset({max(os.sched_getaffinity(0))})
     for setup in _setups(options.setups):
-        with cpu.out_of_the_way(frozenset({max(os.sched_getaffinity(0))})):
+        with cpu.out_of_the_way(where):
             profiles, requests = of_envoy(
-                perf, event, options.envoy, setup, options.seconds
+                perf, event, options.envoy, setup, options.seconds, where
             )
         whole = merged(profiles.values())
         each = f"{unit}/request"
