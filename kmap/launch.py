@@ -5,15 +5,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from kmap import native
 from kmap.results import CannotRun
 
 
 def environment(
-    base_env: Mapping[str, str], *, options: Mapping[str, str] | None = None
+    base_env: Mapping[str, str],
+    *,
+    options: Mapping[str, str] | None = None,
+    preload: Path | None = None,
 ) -> dict[str, str]:
     """base_env with the library preloaded and settings such as KMAP_LOG set.
+
+    preload is the file of the library, if it is not the installed one.
 
     The library goes after what LD_PRELOAD names already, so that another tool's
     wrappers see the program's calls first, as they would without Kmap.
@@ -27,7 +33,7 @@ def environment(
                 + ", ".join(sorted(known))
             )
         env[name] = value
-    library = str(native.preload_path())
+    library = str(preload or native.preload_path())
     if re.search(r"[\s:]", library):
         raise CannotRun(
             f"the dynamic loader splits LD_PRELOAD at blanks and colons, and {library} "

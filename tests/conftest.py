@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from kmap import launch, native
+from kmap.demo import programs
+from kmap.results import CannotRun
 
 Spawn = Callable[..., "subprocess.Popen[str]"]
 
@@ -78,6 +80,15 @@ def mode_env(mode: str) -> dict[str, str]:
     """The environment of a program in the mode of this test."""
     env = _plain_environment()
     return launch.environment(env) if mode == "kmap" else env
+
+
+@pytest.fixture
+def installed() -> None:
+    """Skips the test where a program of the demo is missing."""
+    try:
+        programs.find_all()
+    except CannotRun as error:
+        pytest.skip(str(error))
 
 
 def _end(process: subprocess.Popen[str]) -> None:

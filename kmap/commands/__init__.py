@@ -14,6 +14,7 @@ COMMANDS = (
     "inject",
     "webhook",
     "demo",
+    "trace",
     "bench",
     "stress",
 )

@@ -34,10 +34,12 @@ class Setup(str, enum.Enum):
     UNIX = "unix"
     KMAP = "kmap"
 
-    def environment(self, base: Mapping[str, str]) -> dict[str, str]:
+    def environment(
+        self, base: Mapping[str, str], preload: Path | None = None
+    ) -> dict[str, str]:
         """The environment of every program in this set-up."""
         if self is Setup.KMAP:
-            return launch.environment(base)
+            return launch.environment(base, preload=preload)
         return launch.without_kmap(base)
 
 
@@ -228,9 +230,10 @@ class Rig:
         cpus: Iterable[int] | None = None,
         echo: bool = False,
         idle: str | None = None,
+        preload: Path | None = None,
     ) -> None:
         self.setup = setup
-        self.env = setup.environment(base_env)
+        self.env = setup.environment(base_env, preload)
         # Of the programs that only look on.
         self.plain_env = launch.without_kmap(base_env)
         self.cpus = None if cpus is None else frozenset(cpus)

@@ -29,14 +29,6 @@ _WAIT_S = 30.0
 
 
 @pytest.fixture
-def installed() -> None:
-    try:
-        programs.find_all()
-    except CannotRun as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture
 def demo_env(kernel_env: dict[str, str], tmp_path: Path) -> dict[str, str]:
     root = str(Path(__file__).parents[2])
     return {**kernel_env, "TMPDIR": str(tmp_path), "PYTHONPATH": root}
