@@ -257,3 +257,20 @@ def test_wrong_shares_are_refused(
     error = capsys.readouterr().err
     assert said in error
     assert _REMEDY in error
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_the_documented_figures_are_of_the_documented_recording() -> None:
+    figures = DOCS / "figures"
+    found = recording.read(recording.document(figures / "recording.json"))
+    for number, side in enumerate(found.sides, 1):
+        assert texts(figures / f"figure{number}.svg") == labels(side)
+    text = (DOCS / "tracing.md").read_text()
+    assert tables.counts(found) in text
+    assert tables.calls(found) in text
+    shares = share.read(recording.document(figures / "figure2-cpu.json"))
+    assert tables.shares(shares) in text
+    svg = (figures / "figure2-cpu.svg").read_text()
+    assert all(f">{bar.total:.1f}<" in svg for bar in shares.bars)
