@@ -11,11 +11,13 @@ the kernels of Debian, Ubuntu, Fedora and Red Hat have.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
 import platform
 import re
+import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,16 +149,27 @@ def root() -> Iterator[Path]:
         os.close(root)
 
 
-def _open(path: str, flags: int) -> int:
-    # Truncating is a command, too: it takes out what is there.
-    return os.open(path, flags & ~(os.O_TRUNC | os.O_CREAT))
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Puts off the signals that end us, whose exceptions would cut it short."""
+    ending = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ending)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _write(file: Path, text: str) -> None:
-    # One write: the kernel reads a command from it.  And an object, which is closed
-    # wherever a signal's exception comes: an open file would keep the instance.
-    with open(file, "wb", buffering=0, opener=_open) as opened:
-        opened.write(text.encode())
+    # A signal's exception just after open() would leave the file open, and with it the
+    # instance.  Not truncated, which is a command too: it takes out what is there.
+    with _undisturbed():
+        fd = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            # One write: the kernel reads a command from it.
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
 
 
 def function_offsets(library: Path, names: Iterable[str]) -> dict[str, int]:
@@ -224,6 +237,8 @@ class Recorder:
             self._set("events/syscalls/enable", "1")
             self._set("events/sock/inet_sock_set_state/enable", "1")
             self._stack = stack.pop_all()
+            # For a signal whose exception comes before anybody has a hold of us.
+            atexit.register(self.close)
 
     def _need(self, file: str, option: str) -> None:
         if not (self._instance / file).exists():
@@ -261,6 +276,10 @@ class Recorder:
         self._set(f"events/{self._group}/enable", "1")
 
     def _remove(self, instance: Path, group: str) -> None:
+        with _undisturbed():
+            self._take_out(instance, group)
+
+    def _take_out(self, instance: Path, group: str) -> None:
         with contextlib.suppress(OSError):
             _write(instance / "tracing_on", "0")
         for events in (instance / "events/syscalls", instance / f"events/{group}"):
@@ -315,6 +334,7 @@ class Recorder:
     def close(self) -> None:
         """Takes everything out of the kernel again."""
         self._stack.close()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> Recorder:
         return self
