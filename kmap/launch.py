@@ -7,8 +7,16 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from kmap import native
-from kmap.results import CannotRun
+from kmap import native, settings
+from kmap.results import CannotRun, UsageError
+
+
+def transport(name: str) -> str:
+    """The name of a transport, as --transport takes it; others are a usage error."""
+    known = settings.transports()
+    if name not in known:
+        raise UsageError(f"--transport {name}: it is one of {', '.join(known)}")
+    return name
 
 
 def environment(

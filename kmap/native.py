@@ -107,6 +107,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "kmap_channel_get_stats": (None, (ChannelPointer, ctypes.POINTER(ChannelStats))),
     "kmap_reason_name": (ctypes.c_char_p, (ctypes.c_uint,)),
     "kmap_reason_meaning": (ctypes.c_char_p, (ctypes.c_uint,)),
+    "kmap_transport_name": (ctypes.c_char_p, (ctypes.c_uint,)),
+    "kmap_transport_meaning": (ctypes.c_char_p, (ctypes.c_uint,)),
     "kmap_counter_name": (ctypes.c_char_p, (ctypes.c_uint,)),
     "kmap_counter_meaning": (ctypes.c_char_p, (ctypes.c_uint,)),
     "kmap_symbol_name": (ctypes.c_char_p, (ctypes.c_uint,)),
@@ -167,7 +169,7 @@ class PolicyFault:
 
 @dataclass(frozen=True)
 class Named:
-    """A reason or a counter: its name in output and what it means."""
+    """A reason, transport or counter: its name in output and what it means."""
 
     name: str
     meaning: str
@@ -242,6 +244,14 @@ def reasons() -> tuple[Named, ...]:
     lib = library()
     names = _texts(lib.kmap_reason_name)
     return tuple(map(Named, names, _texts(lib.kmap_reason_meaning)))
+
+
+@functools.cache
+def transports() -> tuple[Named, ...]:
+    """What can carry a connection's bytes; the index is the number in a row."""
+    lib = library()
+    names = _texts(lib.kmap_transport_name)
+    return tuple(map(Named, names, _texts(lib.kmap_transport_meaning)))
 
 
 @functools.cache

@@ -12,10 +12,16 @@ import re
 from kmap import native
 
 LOG_LEVELS = ("error", "info", "debug")
-TRANSPORTS = ("shm",)
+# Of a directory for names, which have to fit behind it.
+PATH_MOST = 200
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _NUMBER = re.compile(r"([0-9]+)([KMG]?)")
+
+
+def transports() -> list[str]:
+    """What KMAP_TRANSPORT may be."""
+    return [entry.name for entry in native.transports()]
 
 
 def check(name: str, value: str) -> None:
@@ -39,8 +45,12 @@ def check(name: str, value: str) -> None:
                 f"{name}={value}: it is a number from {option.minimum} to "
                 f"{option.maximum}; K, M or G may follow"
             )
-    elif name == "KMAP_TRANSPORT" and value not in TRANSPORTS:
-        raise ValueError(f"{name}={value}: it is one of {', '.join(TRANSPORTS)}")
+    elif name == "KMAP_TRANSPORT" and value not in transports():
+        raise ValueError(f"{name}={value}: it is one of {', '.join(transports())}")
+    elif name == "KMAP_FIFO_DIR" and (value[0] != "/" or len(value) > PATH_MOST):
+        raise ValueError(
+            f"{name}={value}: it is an absolute path of at most {PATH_MOST} bytes"
+        )
     elif name == "KMAP_LOG" and value.partition(":")[0] not in LOG_LEVELS:
         raise ValueError(
             f"{name}={value}: it is one of {', '.join(LOG_LEVELS)}; :FILE may follow"

@@ -51,9 +51,6 @@ class Role(enum.IntEnum):
     ACCEPTOR = 2
 
 
-TRANSPORTS = ("shm", "pipe", "fifo")
-
-
 @dataclass(frozen=True, order=True)
 class Endpoint:
     """An address and a port; v4-mapped addresses are IPv4 addresses here."""
@@ -87,7 +84,7 @@ class Row:
     state: RowState
     role: Role
     reason: int
-    transport: str
+    transport: int
     inode: int
     fd: int
     pid: int
@@ -150,11 +147,7 @@ def _decode_row(raw: bytes, offset: int, index: int) -> Row | None:
             state=RowState(state),
             role=Role(role),
             reason=reason,
-            transport=(
-                TRANSPORTS[transport]
-                if transport < len(TRANSPORTS)
-                else f"transport-{transport}"
-            ),
+            transport=transport,
             inode=inode,
             fd=fd,
             pid=pid,

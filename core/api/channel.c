@@ -74,7 +74,7 @@ int kmap_channel_create(size_t ring_size, kmap_channel **out)
 	ch->epfd[0] = ch->epfd[1] = -1;
 	for (int i = 0; i < KMAP_CHANNEL_FDS; i++)
 		ch->fds[i] = -1;
-	err = km_segment_create(&ch->seg, size, &ch->fds[0]);
+	err = km_segment_create(&ch->seg, size, false, &ch->fds[0]);
 	for (int i = 1; i < KMAP_CHANNEL_FDS && err == 0; i++) {
 		ch->fds[i] = km_latch_open();
 		err = KM_MIN(ch->fds[i], 0);
@@ -102,7 +102,7 @@ int kmap_channel_attach(const int fds[KMAP_CHANNEL_FDS], kmap_channel **out)
 
 	if (!ch)
 		return -ENOMEM;
-	err = km_segment_attach(&ch->seg, fds[0]);
+	err = km_segment_attach(&ch->seg, false, fds[0]);
 	for (int i = 1; i < KMAP_CHANNEL_FDS && err == 0; i++)
 		err = km_latch_check(fds[i]);
 	if (err < 0) {

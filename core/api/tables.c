@@ -18,6 +18,12 @@ static const struct name reasons[] = {
 #undef X
 };
 
+static const struct name transports[] = {
+#define X(id, name, meaning) {#name, meaning},
+#include "base/transports.def"
+#undef X
+};
+
 static const struct name counters[] = {
 #define X(id, name, meaning) {name, meaning},
 #include "base/counters.def"
@@ -82,6 +88,7 @@ static const struct kmap_layout layout[] = {
 	F(km_wire_hello, kind),
 	F(km_wire_hello, slot),
 	F(km_wire_hello, reason),
+	F(km_wire_hello, transport),
 	F(km_wire_hello, laddr),
 	F(km_wire_hello, lport),
 	F(km_stats_header, magic),
@@ -124,6 +131,16 @@ const char *kmap_reason_name(unsigned index)
 const char *kmap_reason_meaning(unsigned index)
 {
 	return index < KM_COUNT(reasons) ? reasons[index].meaning : NULL;
+}
+
+const char *kmap_transport_name(unsigned index)
+{
+	return index < KM_COUNT(transports) ? transports[index].name : NULL;
+}
+
+const char *kmap_transport_meaning(unsigned index)
+{
+	return index < KM_COUNT(transports) ? transports[index].meaning : NULL;
 }
 
 const char *kmap_counter_name(unsigned index)

@@ -180,6 +180,45 @@ static const char *text_option(const char *env, const char *fallback)
 	return text && *text ? text : fallback;
 }
 
+static void transport_init(void)
+{
+	static const char *const names[] = {
+#define X(id, name, meaning) #name,
+#include "base/transports.def"
+#undef X
+	};
+	static const char known[] =
+#define X(id, name, meaning) " " #name
+#include "base/transports.def"
+#undef X
+		;
+	const char *text = km_proc.options.transport;
+
+	for (int i = 0; i < KM_TRANSPORTS; i++) {
+		if (strcmp(names[i], text) == 0) {
+			km_proc.transport = (enum km_transport_id)i;
+			return;
+		}
+	}
+	km_complain("KMAP_TRANSPORT=%s is none of the transports:%s; using shm", text,
+		    known);
+}
+
+#define FIFO_DIR_MOST 200
+
+static void fifo_dir_init(void)
+{
+	const char *text = km_proc.options.fifo_dir;
+
+	if (!*text || (*text == '/' && strlen(text) <= FIFO_DIR_MOST))
+		return;
+	km_complain(
+		"KMAP_FIFO_DIR=%s is no absolute path of at most %d bytes; using the "
+		"default",
+		text, FIFO_DIR_MOST);
+	km_proc.options.fifo_dir = "";
+}
+
 static void log_init(void)
 {
 	static const char *const names[] = {"error", "info", "debug"};
@@ -222,13 +261,8 @@ void km_options_init(void)
 	o->field = KM_PARSE_##type(env, type, min, max, fallback);
 #include "base/options.def"
 #undef X
-	if (strcmp(o->transport, "shm") != 0) {
-		km_complain(
-			"KMAP_TRANSPORT=%s is not a transport of this version (shm); "
-			"using shm",
-			o->transport);
-		o->transport = "shm";
-	}
+	transport_init();
+	fifo_dir_init();
 	km_proc.disabled = o->disable;
 	log_init();
 	if (!km_proc.disabled)

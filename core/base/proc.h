@@ -82,6 +82,13 @@ enum km_reason {
 #undef X
 };
 
+enum km_transport_id {
+#define X(id, name, meaning) KM_TRANSPORT_##id,
+#include "base/transports.def"
+#undef X
+	KM_TRANSPORTS
+};
+
 enum km_counter {
 #define X(id, name, meaning) KM_COUNT_##id,
 #include "base/counters.def"
@@ -109,6 +116,8 @@ struct km_proc {
 	struct km_real real;
 	struct km_options options;
 	const struct km_policy *policy; /* NULL: all connections may be upgraded */
+	enum km_transport_id
+		transport; /* of connections that are upgraded from now on */
 	bool disabled;
 	uint32_t magic; /* high half of this process's epoll cookies */
 	int log_fd;

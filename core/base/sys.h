@@ -95,6 +95,10 @@ static inline int km_sys_ftruncate(int fd, int64_t size)
 {
 	return (int)KM_SYS(ftruncate, fd, size, 0, 0, 0, 0);
 }
+static inline int km_sys_pipe2(int fds[2], int flags)
+{
+	return (int)KM_SYS(pipe2, fds, flags, 0, 0, 0, 0);
+}
 static inline int km_sys_openat(const char *path, int flags, int mode)
 {
 	return (int)KM_SYS(openat, -100 /* AT_FDCWD */, path, flags, mode, 0, 0);

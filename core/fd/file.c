@@ -10,6 +10,7 @@
 #include "link/held.h"
 #include "link/link.h"
 #include "sock/stream.h"
+#include "transport/transport.h"
 
 #define SLAB_FILES 64
 #define SHARED_COUNTS 1024 /* per page taken for counts shared by fork */
@@ -74,6 +75,8 @@ void km_file_new(int fd, enum km_role role)
 	f->role = (uint8_t)role;
 	f->link_fd = -1;
 	f->keep_fd = -1;
+	f->tx_pipe = -1;
+	f->rx_pipe = -1;
 	/* With the setting 0 the first call already takes a step. */
 	f->next_try = km_proc.options.upgrade_after ? 1 : 0;
 	f->reason = KM_REASON_NOT_HOT;
@@ -219,6 +222,7 @@ void km_file_detach(struct km_file *f)
 	km_segment_unmap(&f->seg);
 	km_unlock(&conn->tx_lock, tx);
 	km_unlock(&conn->rx_lock, rx);
+	km_transport_drop(f);
 	km_bell_drop(f);
 	km_peer_bell_drop(f);
 	km_sub_seq(&km_proc.channels, 1);

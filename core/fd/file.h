@@ -120,7 +120,9 @@ struct km_file {
 	bool left;    /* the process ends, and is counted out already */
 	uint32_t calls, next_try;
 	int link_fd;
-	int held_fd;   /* bound to the name of a passed socket; 0: none */
+	int held_fd;		     /* bound to the name of a passed socket; 0: none */
+	int tx_pipe, rx_pipe;	     /* hidden; -1 with transport shm */
+	uint64_t tx_inode, rx_inode; /* of the pipes */
 	km_a32 *procs; /* processes that hold the socket, when forked before */
 	struct km_conn *conn;
 	struct km_conn *note; /* a row without a channel: why there is none */

@@ -46,7 +46,8 @@ static void leave(int fd, uint64_t entry, void *arg)
 
 	if (km_fd_kind(entry) != KM_FD_FILE || f->fd != fd)
 		return;
-	km_file_to_kernel(f, fd, reason, true);
+	/* The filter may forbid what takes bytes out of a pipe: the peer sends them again. */
+	km_file_to_kernel(f, fd, reason, f->tx_pipe < 0);
 	how = km_lock(&km_proc.link_lock);
 	if (how != KM_LOCK_NESTED && !f->conn)
 		km_stay(f, reason);
@@ -106,12 +107,17 @@ static void hand_on(struct km_file *f, int fd, int to, const struct exec *exec)
 	int err = km_file_to_kernel(f, fd, KM_REASON_HANDED_ON, only && memfd);
 	uint64_t before;
 
+	/* The child of a vfork has lost the pipe with what was to be sent before. */
+	if (err == -EBADF)
+		reset(f, fd);
 	if (!f->conn || (err < 0 && err != -EBUSY) ||
 	    (err == 0 && !km_stream_unread(f->conn, &before)))
 		return;
-	if (memfd && km_inherit_add(f, to, memfd) == 0)
+	if (memfd)
+		err = km_inherit_add(f, to, memfd);
+	if (memfd && err == 0)
 		return;
-	if (only)
+	if (only || err == -EBADF)
 		reset(f, fd);
 }
 

@@ -33,7 +33,7 @@ static void begin(struct bout *b, uint64_t how)
 	kmap_channel_fds(creator, own);
 	for (int i = 0; i < KMAP_CHANNEL_FDS; i++)
 		b->fds[i] = dup(own[i]);
-	FUZZ_CHECK(km_segment_attach(&b->seg, b->fds[0]) == 0);
+	FUZZ_CHECK(km_segment_attach(&b->seg, false, b->fds[0]) == 0);
 	if (b->side) {
 		/* The creator lies; all that is left of it is the mapping. */
 		for (int i = 0; i < KMAP_CHANNEL_FDS; i++)

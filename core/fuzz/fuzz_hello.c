@@ -44,7 +44,7 @@ static void make_pool(void)
 	int fd, pair[2], bell[2];
 
 	/* Those of a proper hello first. */
-	FUZZ_CHECK(km_segment_create(&good, 4096, &fd) == 0);
+	FUZZ_CHECK(km_segment_create(&good, 4096, false, &fd) == 0);
 	memcpy(template, good.wire, sizeof(template));
 	add(fd);
 	liar_bell(bell);
@@ -136,7 +136,7 @@ static void listen_in(struct bout *b)
 
 	/* The victim's segment and bell are the liar's from now on. */
 	if (n == 3 && !b->l.seg.wire)
-		km_segment_attach(&b->l.seg, fds[0]);
+		km_segment_attach(&b->l.seg, false, fds[0]);
 	if (n >= 2 && !b->l.bell) {
 		void *p = mmap(NULL, KM_BELL_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED,
 			       fds[n - 2], 0);

@@ -292,7 +292,7 @@ static bool as_acceptor(struct liar *l)
 	int fds[3], got[LIAR_FDS];
 
 	FUZZ_CHECK(km_segment_create(&l->seg, (uint32_t)km_proc.options.ring_size,
-				     &fds[0]) == 0);
+				     false, &fds[0]) == 0);
 	memcpy(fds + 1, bell_fds, sizeof(bell_fds));
 	km_sys_getsockname(l->tcp, &local, &len);
 	hello.lport = ntohs(local.sin_port);
@@ -318,7 +318,7 @@ static bool as_connector(struct liar *l)
 
 	if (liar_recv(l->hello, &hello, fds) != 3)
 		return false;
-	FUZZ_CHECK(km_segment_attach(&l->seg, fds[0]) == 0);
+	FUZZ_CHECK(km_segment_attach(&l->seg, false, fds[0]) == 0);
 	km_sys_close(fds[0]);
 	take_bell(l, fds[1], fds[2]);
 	cursors(l);

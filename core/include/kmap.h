@@ -98,6 +98,8 @@ void kmap_channel_get_stats(const kmap_channel *ch, struct kmap_channel_stats *o
 /* Tables, for tools: NULL beyond the last index. */
 const char *kmap_reason_name(unsigned index);
 const char *kmap_reason_meaning(unsigned index);
+const char *kmap_transport_name(unsigned index);
+const char *kmap_transport_meaning(unsigned index);
 const char *kmap_counter_name(unsigned index);
 const char *kmap_counter_meaning(unsigned index);
 /* Interposed symbols in table order. */

@@ -21,6 +21,7 @@
 #include "event/event.h"
 #include "link/link.h"
 #include "sock/stream.h"
+#include "transport/transport.h"
 
 #define VARIABLE "KMAP_INHERIT"
 #define RECORD_MAGIC 0x31544948u
@@ -160,7 +161,7 @@ int km_inherit_add(struct km_file *f, int fd, int *memfd)
 	if (*memfd < 0)
 		n = *memfd;
 	if (n == 0 && bytes)
-		n = km_ring_read(&conn->rx, &iov, 1, KM_RING_PEEK);
+		n = km_get(f, conn, &iov, 1, KM_RING_PEEK);
 	if (n >= 0 && (uint64_t)n != bytes)
 		n = -EPROTO;
 	record.inode = conn->row.inode;

@@ -14,6 +14,7 @@
 #include "event/event.h"
 #include "link/held.h"
 #include "sock/stream.h"
+#include "transport/transport.h"
 
 #ifndef SO_ORIGINAL_DST
 #define SO_ORIGINAL_DST 80 /* linux/netfilter_ipv4.h; the same number for IPv6 */
@@ -26,7 +27,9 @@
 #define CONNECTOR_TRIES 24
 #define ACCEPTOR_TRIES 24
 
+/* Of every hello; those of its transport follow. */
 #define HELLO_FDS 3
+#define MOST_FDS (HELLO_FDS + KM_TRANSPORT_FDS)
 
 /* With KMAP_UPGRADE_AFTER=0, how long connect and accept wait for the other end. */
 #define MADE_PATIENCE_NS 10000000
@@ -156,7 +159,7 @@ static void no_address(struct km_file *f, int err)
 static int send_hello(int sock, const struct km_wire_hello *hello, const int *fds,
 		      int nfds)
 {
-	_Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof(int) * HELLO_FDS)];
+	_Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof(int) * MOST_FDS)];
 	struct iovec iov = {(void *)(uintptr_t)hello, sizeof(*hello)};
 	struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
 	ssize_t n;
@@ -193,11 +196,11 @@ static enum km_reason exchange_reason(int err)
 }
 
 /*
- * Receives the peer's one datagram with up to HELLO_FDS descriptors; every
+ * Receives the peer's one datagram with up to MOST_FDS descriptors; every
  * descriptor that came is either in fds or closed.  The number of descriptors,
  * -EAGAIN (not there yet), -EPROTO, -ECONNRESET (the peer hung up).
  */
-static int recv_hello(int sock, struct km_wire_hello *hello, int fds[HELLO_FDS])
+static int recv_hello(int sock, struct km_wire_hello *hello, int fds[MOST_FDS])
 {
 	/* Room for more than is allowed, so that extra ones can be closed. */
 	_Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof(int) * 16)];
@@ -221,7 +224,7 @@ static int recv_hello(int sock, struct km_wire_hello *hello, int fds[HELLO_FDS])
 		room = KM_MIN(c->cmsg_len - CMSG_LEN(0), sizeof(got));
 		memcpy(got, CMSG_DATA(c), room);
 		for (size_t i = 0; i < room / sizeof(int); i++) {
-			if (count < HELLO_FDS) {
+			if (count < MOST_FDS) {
 				fds[count++] = got[i];
 			} else {
 				km_sys_close(got[i]);
@@ -295,8 +298,8 @@ static bool has_timeout(int fd, int option)
 
 /* Fills a new row and its cursors, and gives it to f. */
 static void conn_start(struct km_file *f, int fd, struct km_conn *conn,
-		       const struct km_address *local, const struct km_address *peer,
-		       const struct km_address *original)
+		       enum km_transport_id transport, const struct km_address *local,
+		       const struct km_address *peer, const struct km_address *original)
 {
 	int rx = f->role == KM_ROLE_ACCEPTOR ? 0 : 1, tx = 1 - rx;
 	struct km_wire_segment *wire = f->seg.wire;
@@ -317,6 +320,7 @@ static void conn_start(struct km_file *f, int fd, struct km_conn *conn,
 		memcpy(conn->row.oaddr, original->ip, 16);
 	}
 	conn->row.ring_size = f->seg.ring_size;
+	conn->row.transport = transport;
 	memcpy(conn->row.token, wire->token, sizeof(wire->token));
 	km_producer_init(&conn->tx, &wire->ring[tx], km_segment_data(&f->seg, tx),
 			 f->seg.ring_size);
@@ -334,10 +338,23 @@ static void conn_start(struct km_file *f, int fd, struct km_conn *conn,
 	f->conn = conn;
 }
 
+/* The acceptor's handshake is over, or comes to nothing. */
+static void settled(const struct km_file *f)
+{
+	const struct km_transport *transport = km_transport_of(f->conn);
+
+	if (f->role == KM_ROLE_ACCEPTOR && transport->settled)
+		transport->settled(f->conn->row.token);
+}
+
 /* The channel will not be used: both directions stay on the kernel for good. */
 static void abandon(struct km_file *f, enum km_reason reason)
 {
 	km_stream_abandon(f);
+	settled(f);
+	/* In the child of a vfork they are the parent's. */
+	if (!km_thread.bypass)
+		km_transport_drop(f);
 	f->conn->row.state = KM_ROW_KERNEL;
 	f->conn->row.reason = reason;
 	f->reason = (uint8_t)reason;
@@ -368,6 +385,8 @@ static void conn_undo(struct km_file *f)
 {
 	struct km_conn *conn = f->conn;
 
+	settled(f);
+	km_transport_drop(f);
 	f->conn = NULL;
 	km_sub_seq(&km_proc.memory, f->seg.size);
 	km_sub_seq(&km_proc.channels, 1);
@@ -422,6 +441,67 @@ static enum km_reason prove(const struct km_file *f, int sock,
 	return KM_REASON_PEER_UID;
 }
 
+static void close_all(const int *fds, int n)
+{
+	while (n > 0)
+		km_sys_close(fds[--n]);
+}
+
+/* What the acceptor keeps none of: the segment, and what its transport sends. */
+static void close_sent(const int *fds, const struct km_transport *transport)
+{
+	km_sys_close(fds[0]);
+	close_all(fds + HELLO_FDS, transport->fds);
+}
+
+/* What an error of the transport's means for the connection. */
+static enum km_reason transport_reason(int err)
+{
+	switch (err) {
+	case -EPROTO:
+	case -EMFILE:
+	case -ENFILE:
+	case -ENOMEM:
+		return km_stay_reason(err);
+	default:
+		return KM_REASON_TRANSPORT_FAILED;
+	}
+}
+
+/* Gives f the pipes of its transport, if it is made of such: new ones for the acceptor,
+ * with sent for the hello, or those that sent stands for. */
+static enum km_reason take_pipes(struct km_file *f,
+				 const struct km_transport *transport, uint32_t uid,
+				 int *sent)
+{
+	bool attaches = f->role == KM_ROLE_CONNECTOR;
+	uint32_t size = f->seg.ring_size;
+	int pipes[2] = {-1, -1}, err;
+	uint8_t token[16];
+
+	if (!transport->bare)
+		return KM_REASON_NONE;
+	if (uid != geteuid())
+		return KM_REASON_TRANSPORT_USER;
+	memcpy(token, f->seg.wire->token, sizeof(token));
+	err = attaches ? transport->attach(token, size, sent, pipes)
+		       : transport->create(token, &size, pipes, sent);
+	/* Ring 0 is the connector's to write. */
+	f->tx_pipe = pipes[attaches ? 0 : 1];
+	f->rx_pipe = pipes[attaches ? 1 : 0];
+	if (err < 0) {
+		km_transport_drop(f);
+		if (!attaches && transport->settled)
+			transport->settled(token);
+		return transport_reason(err);
+	}
+	f->tx_inode = km_transport_inode(f->tx_pipe);
+	f->rx_inode = km_transport_inode(f->rx_pipe);
+	if (!attaches)
+		km_segment_resize(&f->seg, size);
+	return KM_REASON_NONE;
+}
+
 static enum km_reason make_channel(struct km_file *f, int fd, int sock, uint32_t uid,
 				   const struct km_address *local,
 				   const struct km_address *peer,
@@ -430,9 +510,11 @@ static enum km_reason make_channel(struct km_file *f, int fd, int sock, uint32_t
 	struct km_wire_hello hello = {.magic = KM_HELLO_MAGIC,
 				      .version = KM_WIRE_VERSION,
 				      .kind = KM_HELLO,
+				      .transport = km_proc.transport,
 				      .lport = local->port};
+	const struct km_transport *transport = km_transports[km_proc.transport];
 	enum km_reason reason;
-	int fds[HELLO_FDS], err;
+	int fds[MOST_FDS], err;
 	struct km_conn *conn;
 
 	err = try_calls(fd);
@@ -441,13 +523,21 @@ static enum km_reason make_channel(struct km_file *f, int fd, int sock, uint32_t
 	conn = km_conn_new(&reason);
 	if (!conn)
 		return reason;
-	err = km_segment_create(&f->seg, (uint32_t)km_proc.options.ring_size, &fds[0]);
+	err = km_segment_create(&f->seg, (uint32_t)km_proc.options.ring_size,
+				transport->bare, &fds[0]);
 	if (err < 0) {
 		km_conn_free(conn);
 		return km_stay_reason(err);
 	}
 	KM_FAULT(HELLO_SEGMENT);
-	conn_start(f, fd, conn, local, peer, original);
+	reason = take_pipes(f, transport, uid, fds + HELLO_FDS);
+	if (reason != KM_REASON_NONE) {
+		km_sys_close(fds[0]);
+		km_segment_unmap(&f->seg);
+		km_conn_free(conn);
+		return reason;
+	}
+	conn_start(f, fd, conn, km_proc.transport, local, peer, original);
 	err = km_bell_take(f, uid);
 	if (err == 0)
 		err = km_event_attach(f);
@@ -458,15 +548,15 @@ static enum km_reason make_channel(struct km_file *f, int fd, int sock, uint32_t
 		/* From here on the connector may attach and use its ring. */
 		km_store_seq(&f->mode, KM_MODE_CHANNEL);
 		KM_FAULT(HELLO_BELL);
-		err = send_hello(sock, &hello, fds, HELLO_FDS);
+		err = send_hello(sock, &hello, fds, HELLO_FDS + transport->fds);
 		KM_FAULT(HELLO_SENT);
 		if (err < 0) {
 			abandon(f, exchange_reason(err));
-			km_sys_close(fds[0]);
+			close_sent(fds, transport);
 			return KM_REASON_NONE;
 		}
 	}
-	km_sys_close(fds[0]);
+	close_sent(fds, transport);
 	if (err < 0) {
 		conn_undo(f);
 		km_segment_unmap(&f->seg);
@@ -603,8 +693,9 @@ static void offer(struct km_file *f, int fd)
 
 /* Takes what came with the hello; fds are taken over. */
 static enum km_reason attach(struct km_file *f, int fd, int sock,
-			     const struct km_wire_hello *hello, int fds[HELLO_FDS])
+			     const struct km_wire_hello *hello, int fds[MOST_FDS])
 {
+	const struct km_transport *transport = km_transports[km_proc.transport];
 	struct km_wire_hello ack = {
 		.magic = KM_HELLO_MAGIC, .version = KM_WIRE_VERSION, .kind = KM_ACK};
 	struct km_address local, peer, acceptor;
@@ -637,13 +728,19 @@ static enum km_reason attach(struct km_file *f, int fd, int sock,
 	if (reason == KM_REASON_NONE && (err = try_calls(fd)) < 0)
 		reason = km_stay_reason(err);
 	if (reason == KM_REASON_NONE) {
-		err = km_segment_attach(&f->seg, fds[0]);
+		err = km_segment_attach(&f->seg, transport->bare, fds[0]);
 		KM_FAULT(ATTACH_MAPPED);
 		if (err < 0)
 			reason = err == -EPERM ? KM_REASON_PEER_BAD
 					       : km_stay_reason(err);
 	}
+	if (reason == KM_REASON_NONE) {
+		reason = take_pipes(f, transport, uid, fds + HELLO_FDS);
+		if (reason != KM_REASON_NONE)
+			km_segment_unmap(&f->seg);
+	}
 	km_sys_close(fds[0]);
+	close_all(fds + HELLO_FDS, transport->fds);
 	if (reason != KM_REASON_NONE) {
 		km_sys_close(fds[1]);
 		km_sys_close(fds[2]);
@@ -651,16 +748,18 @@ static enum km_reason attach(struct km_file *f, int fd, int sock,
 	}
 	err = km_peer_bell_take(f, fds[1], fds[2], uid, hello->slot);
 	if (err < 0) {
+		km_transport_drop(f);
 		km_segment_unmap(&f->seg);
 		return km_stay_reason(err);
 	}
 	conn = km_conn_new(&reason);
 	if (!conn) {
+		km_transport_drop(f);
 		km_peer_bell_drop(f);
 		km_segment_unmap(&f->seg);
 		return reason;
 	}
-	conn_start(f, fd, conn, &local, &peer, NULL);
+	conn_start(f, fd, conn, km_proc.transport, &local, &peer, NULL);
 	err = km_bell_take(f, uid);
 	if (err == 0)
 		err = km_event_attach(f);
@@ -704,7 +803,7 @@ static void refuse(int sock, enum km_reason reason)
 static void take_hello(struct km_file *f, int fd)
 {
 	struct km_wire_hello hello;
-	int fds[HELLO_FDS], n, sock;
+	int fds[MOST_FDS], n, sock;
 	enum km_reason reason = KM_REASON_NONE;
 
 	if (f->link_state == KM_LINK_OFFERED) {
@@ -742,10 +841,12 @@ static void take_hello(struct km_file *f, int fd)
 	}
 	if (n < 0) {
 		reason = exchange_reason(n);
-	} else if (n != HELLO_FDS || hello.kind != KM_HELLO ||
-		   hello.slot >= KM_BELL_SLOTS) {
-		while (n)
-			km_sys_close(fds[--n]);
+	} else if (hello.kind == KM_HELLO && hello.transport != km_proc.transport) {
+		close_all(fds, n);
+		reason = KM_REASON_TRANSPORT;
+	} else if (n != HELLO_FDS + km_transports[km_proc.transport]->fds ||
+		   hello.kind != KM_HELLO || hello.slot >= KM_BELL_SLOTS) {
+		close_all(fds, n);
 		reason = KM_REASON_PEER_BAD;
 	} else {
 		KM_FAULT(ATTACH_TAKEN);
@@ -835,7 +936,7 @@ void km_link_made(int fd, bool wait)
 static void advance(struct km_file *f)
 {
 	struct km_wire_hello ack = {0};
-	int fds[HELLO_FDS], n;
+	int fds[MOST_FDS], n;
 	uint32_t state;
 	bool ready = false;
 	enum km_reason reason = KM_REASON_PEER_CANCELLED;
@@ -865,9 +966,9 @@ static void advance(struct km_file *f)
 	} else if (n < 0 && n != -EAGAIN) {
 		reason = exchange_reason(n);
 	}
-	while (n > 0)
-		km_sys_close(fds[--n]);
+	close_all(fds, n);
 	if (ready) {
+		settled(f);
 		f->conn->row.state = KM_ROW_RING;
 		f->reason = KM_REASON_NONE;
 		f->link_state = KM_LINK_DONE;
@@ -907,6 +1008,8 @@ void km_link_cancel(struct km_file *f)
 	case KM_LINK_HELLO:
 		if (f->seg.wire)
 			km_cas_seq(&f->seg.wire->state, &hello_state, KM_SEG_CANCELLED);
+		if (f->conn)
+			settled(f);
 		break;
 	case KM_LINK_OFFERED:
 	case KM_LINK_ACCEPTED:
@@ -988,10 +1091,10 @@ int km_link_alone(struct km_file *f, int fd, uint32_t ring_size)
 		memset(&peer, 0, sizeof(peer));
 	}
 	conn = km_conn_new(&reason);
-	err = conn ? km_segment_create(&f->seg, ring_size, &memfd) : -ENOMEM;
+	err = conn ? km_segment_create(&f->seg, ring_size, false, &memfd) : -ENOMEM;
 	if (err == 0) {
 		km_sys_close(memfd);
-		conn_start(f, fd, conn, &local, &peer, NULL);
+		conn_start(f, fd, conn, KM_TRANSPORT_SHM, &local, &peer, NULL);
 		err = km_bell_take(f, geteuid());
 		if (err < 0) {
 			conn_undo(f);
@@ -1047,6 +1150,7 @@ static void move_link(int fd, uint64_t entry, void *arg)
 		f->held_fd = km_fd_hide_copy(wanted);
 	if (f->keep_fd == wanted)
 		f->keep_fd = km_fd_hide_copy(wanted);
+	km_transport_move_pipes(f, wanted);
 }
 
 void km_link_move(int fd)

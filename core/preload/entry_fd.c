@@ -7,6 +7,22 @@
 
 #include "event/event.h"
 #include "link/link.h"
+#include "transport/transport.h"
+
+/*
+ * Programs close all that they did not open between vfork and exec, and what the library
+ * has hidden is still needed then: a connection that the new program gets may have bytes
+ * in a pipe.  It closes on exec by itself; what does not is the child's own by now.
+ */
+static bool is_kept_for_exec(unsigned fd)
+{
+	int flags;
+
+	if (fd >= KM_FD_MAX || km_fd_kind(km_fd_peek((int)fd)) != KM_FD_HIDDEN)
+		return false;
+	flags = km_sys_fcntl((int)fd, F_GETFD, 0);
+	return flags >= 0 && (flags & FD_CLOEXEC);
+}
 
 int km_entry_close(int fd)
 {
@@ -16,6 +32,8 @@ int km_entry_close(int fd)
 
 	switch (km_fd_kind(entry)) {
 	case KM_FD_NONE:
+		if (km_unlikely(km_thread.bypass) && is_kept_for_exec((unsigned)fd))
+			return (int)km_result(-EBADF);
 		return KM_REAL(close)(fd);
 	case KM_FD_HIDDEN:
 		/* The program did not open it, so for the program it is not open. */
@@ -49,11 +67,34 @@ static bool hidden(unsigned fd)
 	return fd < KM_FD_MAX && km_fd_kind(km_fd_entry((int)fd)) == KM_FD_HIDDEN;
 }
 
+/* In the child of a vfork. */
+static int close_range_before_exec(unsigned first, unsigned last, int flags)
+{
+	int err = 0;
+
+	for (unsigned fd = first; fd <= last && fd < KM_FD_MAX && err == 0; fd++) {
+		if (!km_fd_chunks[fd / KM_FD_CHUNK]) {
+			fd |= KM_FD_CHUNK - 1;
+			continue;
+		}
+		if (!is_kept_for_exec(fd))
+			continue;
+		if (fd > first)
+			err = (int)KM_SYS(close_range, first, fd - 1, flags, 0, 0, 0);
+		first = fd + 1;
+	}
+	if (err == 0 && first <= last)
+		err = (int)KM_SYS(close_range, first, last, flags, 0, 0, 0);
+	return err;
+}
+
 int km_entry_close_range(unsigned first, unsigned last, int flags)
 {
 	unsigned from = first;
 	int err = 0;
 
+	if (km_unlikely(km_thread.bypass) && first <= last && !flags)
+		return close_range_before_exec(first, last, flags);
 	if (km_thread.bypass || first > last || km_load_relaxed(&km_proc.files) == 0 ||
 	    (flags & CLOSE_RANGE_CLOEXEC))
 		if (km_thread.bypass || first > last ||
@@ -117,6 +158,7 @@ static void make_way(int fd)
 	km_bell_move(fd);
 	km_link_move(fd);
 	km_conn_move(fd);
+	km_transport_move(fd);
 	if (km_proc.log_fd == fd)
 		km_proc.log_fd = km_fd_hide_copy(fd);
 }

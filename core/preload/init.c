@@ -9,6 +9,7 @@
 #include "fd/file.h"
 #include "link/inherit.h"
 #include "preload/fork.h"
+#include "transport/transport.h"
 
 static bool forking; /* under link_lock */
 static pthread_key_t thread_key;
@@ -93,8 +94,10 @@ __attribute__((constructor(101))) static void start(void)
 
 	km_resolve();
 	km_spin_init();
-	if (!km_proc.disabled)
+	if (!km_proc.disabled) {
 		km_options_init();
+		km_transport_start();
+	}
 	if (km_proc.log_fd > STDERR_FILENO)
 		hide_log();
 	/* Cookies with the top bit set are no pointer and no small number. */

@@ -27,13 +27,22 @@ void km_ring_geometry_init(struct km_ring_geometry *geo, uint32_t ring_size)
 	}
 }
 
+static void choose_geometry(struct km_ring_geometry *geo, const void *data,
+			    uint32_t ring_size)
+{
+	if (data)
+		km_ring_geometry_init(geo, ring_size);
+	else
+		*geo = (struct km_ring_geometry){.levels = 1, .size = {ring_size}};
+}
+
 void km_producer_init(struct km_producer *p, struct km_wire_ring *wire, void *data,
 		      uint32_t ring_size)
 {
 	memset(p, 0, sizeof(*p));
 	p->wire = wire;
 	p->data = data;
-	km_ring_geometry_init(&p->geo, ring_size);
+	choose_geometry(&p->geo, data, ring_size);
 	p->size = p->geo.size[0];
 	p->base = p->data;
 }
@@ -44,7 +53,7 @@ void km_consumer_init(struct km_consumer *c, struct km_wire_ring *wire, void *da
 	memset(c, 0, sizeof(*c));
 	c->wire = wire;
 	c->data = data;
-	km_ring_geometry_init(&c->geo, ring_size);
+	choose_geometry(&c->geo, data, ring_size);
 	c->size = c->geo.size[0];
 	c->base = c->data;
 }

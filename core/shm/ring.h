@@ -39,6 +39,7 @@ struct km_producer {
 	uint32_t level; /* index in geometry */
 	uint32_t size;	/* of the level */
 	uint32_t cpu;	/* as last written to pcpu */
+	uint32_t holes; /* of a pipe; see core/transport/pipes.c */
 	uint8_t *base;	/* of the level */
 	struct km_ring_geometry geo;
 };
@@ -57,6 +58,9 @@ struct km_consumer {
 
 /* Levels for rings that grow to ring_size bytes (a power of two). */
 void km_ring_geometry_init(struct km_ring_geometry *geo, uint32_t ring_size);
+/* data NULL: the bytes lie elsewhere (core/transport), and the ring is its positions
+ * alone, of at most ring_size bytes (any number) in one level.  Only calls that name no
+ * memory may then be made. */
 void km_producer_init(struct km_producer *p, struct km_wire_ring *wire, void *data,
 		      uint32_t ring_size);
 void km_consumer_init(struct km_consumer *c, struct km_wire_ring *wire, void *data,

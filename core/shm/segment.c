@@ -11,32 +11,33 @@
 #include "base/sys.h"
 
 #define SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
-#define RING_SIZE_MIN 4096u
-#define RING_SIZE_MAX (16u << 20)
 
-size_t km_segment_size(uint32_t ring_size)
+size_t km_segment_size(uint32_t ring_size, bool bare)
 {
 	struct km_ring_geometry geo;
 
+	if (bare)
+		return KM_WIRE_HEADER;
 	km_ring_geometry_init(&geo, ring_size);
 	return KM_WIRE_HEADER + 2 * (size_t)geo.bytes;
 }
 
-static bool ring_size_is_valid(uint32_t size)
+static bool ring_size_is_valid(uint32_t size, bool bare)
 {
-	return size >= RING_SIZE_MIN && size <= RING_SIZE_MAX &&
-	       (size & (size - 1)) == 0;
+	return size >= KM_RING_SIZE_MIN && size <= KM_RING_SIZE_MAX &&
+	       (bare || (size & (size - 1)) == 0);
 }
 
-int km_segment_create(struct km_segment *seg, uint32_t ring_size, int *fd_out)
+int km_segment_create(struct km_segment *seg, uint32_t ring_size, bool bare,
+		      int *fd_out)
 {
 	struct km_wire_segment *wire;
 	size_t size;
 	int fd, err;
 
-	if (!ring_size_is_valid(ring_size))
+	if (!ring_size_is_valid(ring_size, bare))
 		return -EINVAL;
-	size = km_segment_size(ring_size);
+	size = km_segment_size(ring_size, bare);
 	fd = km_sys_memfd_create("kmap-segment", MFD_CLOEXEC | MFD_ALLOW_SEALING);
 	if (fd < 0)
 		return fd;
@@ -61,11 +62,18 @@ int km_segment_create(struct km_segment *seg, uint32_t ring_size, int *fd_out)
 	seg->wire = wire;
 	seg->size = size;
 	seg->ring_size = ring_size;
+	seg->bare = bare;
 	*fd_out = fd;
 	return 0;
 }
 
-int km_segment_attach(struct km_segment *seg, int fd)
+void km_segment_resize(struct km_segment *seg, uint32_t ring_size)
+{
+	seg->ring_size = ring_size;
+	seg->wire->ring_size = ring_size;
+}
+
+int km_segment_attach(struct km_segment *seg, bool bare, int fd)
 {
 	struct km_wire_segment *wire;
 	struct stat st;
@@ -83,7 +91,7 @@ int km_segment_attach(struct km_segment *seg, int fd)
 	if (err < 0)
 		return err == -EPERM ? -EACCES : err;
 	if (st.st_size < (off_t)KM_WIRE_HEADER ||
-	    st.st_size > (off_t)km_segment_size(RING_SIZE_MAX))
+	    st.st_size > (off_t)km_segment_size(KM_RING_SIZE_MAX, bare))
 		return -EPROTO;
 	wire = km_sys_mmap((size_t)st.st_size, 0, fd, &err);
 	if (!wire)
@@ -97,9 +105,9 @@ int km_segment_attach(struct km_segment *seg, int fd)
 		err = -EPROTO;
 	else if (wire->version != KM_WIRE_VERSION)
 		err = -EPROTONOSUPPORT;
-	else if (!ring_size_is_valid(ring_size) ||
+	else if (!ring_size_is_valid(ring_size, bare) ||
 		 wire->header_size != KM_WIRE_HEADER ||
-		 (size_t)st.st_size != km_segment_size(ring_size))
+		 (size_t)st.st_size != km_segment_size(ring_size, bare))
 		err = -EPROTO;
 	if (err < 0) {
 		munmap(wire, (size_t)st.st_size);
@@ -108,6 +116,7 @@ int km_segment_attach(struct km_segment *seg, int fd)
 	seg->wire = wire;
 	seg->size = (size_t)st.st_size;
 	seg->ring_size = ring_size;
+	seg->bare = bare;
 	return 0;
 }
 
@@ -123,6 +132,8 @@ void *km_segment_data(const struct km_segment *seg, int ring)
 {
 	struct km_ring_geometry geo;
 
+	if (seg->bare)
+		return NULL;
 	km_ring_geometry_init(&geo, seg->ring_size);
 	return (uint8_t *)seg->wire + KM_WIRE_HEADER + (size_t)ring * geo.bytes;
 }

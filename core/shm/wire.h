@@ -13,7 +13,7 @@
 #include "base/compiler.h"
 
 #define KM_WIRE_MAGIC 0x31474553504d414bULL /* "KAMPSEG1" in memory */
-#define KM_WIRE_VERSION 3u
+#define KM_WIRE_VERSION 4u
 #define KM_WIRE_HEADER 4096u /* bytes before the first ring's data */
 
 /* A ring starts at its first size and grows through at most three levels. */
@@ -106,7 +106,8 @@ struct km_wire_bell {
 
 /* The one datagram each end sends on the rendezvous socket. */
 #define KM_HELLO_MAGIC 0x4f4c4c48u
-#define KM_HELLO 1u  /* acceptor: here is the segment; fds: segment, bell, latch */
+/* acceptor: here is the segment; fds: segment, bell, latch, those of the transport */
+#define KM_HELLO 1u
 #define KM_ACK 2u    /* connector: attached; fds: bell, latch */
 #define KM_REFUSE 3u /* connector: no, for this reason; no fds */
 
@@ -114,10 +115,11 @@ struct km_wire_hello {
 	uint32_t magic;
 	uint32_t version;
 	uint32_t kind;
-	uint32_t slot;	   /* of this connection in the sender's bell */
-	uint32_t reason;   /* KM_REFUSE: index in reasons.def */
-	uint16_t lport;	   /* KM_HELLO: the acceptor's own local port */
-	uint8_t laddr[16]; /* and address, IPv4 as v4-mapped */
+	uint32_t slot;	    /* of this connection in the sender's bell */
+	uint32_t reason;    /* KM_REFUSE: index in reasons.def */
+	uint32_t transport; /* KM_HELLO: index in transports.def */
+	uint16_t lport;	    /* KM_HELLO: the acceptor's own local port */
+	uint8_t laddr[16];  /* and address, IPv4 as v4-mapped */
 };
 
 _Static_assert(sizeof(struct km_wire_bell) <= KM_BELL_SIZE, "bell too large");

@@ -8,9 +8,9 @@
 
 #include <errno.h>
 
+#include "base/iov.h"
 #include "sock/stream.h"
 
-#define KM_IOV_MOST 1024 /* the kernel's IOV_MAX */
 /* Empty reads after which, and time since it was last done, that the kernel is asked
  * whether the peer still lives; writes that the consumer did not follow. */
 #define KM_IDLE_READS 32
@@ -107,6 +107,9 @@ KM_INLINE bool km_tx_left_news(const struct km_conn *conn)
 {
 	return km_tx_left(conn) && conn->tx_phase == KM_PHASE_RING;
 }
+/* Locks the direction for what follows here; one whose holder died resets the
+ * connection. */
+enum km_lock_result km_tx_lock(struct km_conn *conn);
 /* This end stops writing its ring.  False: the consumer has left first, and what it
  * left goes by the kernel now (phase DRAIN). */
 bool km_tx_leave(struct km_conn *conn);
@@ -116,10 +119,11 @@ bool km_tx_leave_for_good(struct km_conn *conn, int fd);
 /* The same, and the stream goes on by the kernel at the present position. */
 bool km_tx_end(struct km_conn *conn);
 /* In phase DRAIN: sends what the consumer left.  0: done, phase ENDED; -EAGAIN: the
- * kernel takes no more now; -EPROTO. */
-ssize_t km_tx_resend(struct km_conn *conn, int fd);
+ * kernel takes no more now; -EPROTO; errors of the pipe, as -EBADF in the child of a
+ * vfork that cannot know its own any more. */
+ssize_t km_tx_resend(struct km_file *f, struct km_conn *conn, int fd);
 /* The same, and waits a little; for calls after which there is no other. */
-int km_tx_resend_all(struct km_conn *conn, int fd);
+int km_tx_resend_all(struct km_file *f, struct km_conn *conn, int fd);
 /* Does what is to be done if the consumer has left; no tx_lock held. */
 void km_tx_look(struct km_file *f, struct km_conn *conn, int fd);
 
@@ -162,11 +166,5 @@ bool km_must_not_block(struct km_conn *conn, int fd, int flags,
 /* What a call answers when km_side_enter said err: a handler that interrupted the
  * very call that holds the direction gets EINTR, or EAGAIN where it must not block. */
 int km_side_refused(const struct km_file *f, int fd, int err, int flags);
-
-/* -- iov.c ---------------------------------------------------------------------------- */
-
-size_t km_iov_total(const struct iovec *iov, int iovcnt);
-/* What is left of iov after done bytes, in out (room for iovcnt); how many parts. */
-int km_iov_advance(const struct iovec *iov, int iovcnt, size_t done, struct iovec *out);
 
 #endif

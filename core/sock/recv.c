@@ -7,20 +7,7 @@
 #include "event/event.h"
 #include "link/link.h"
 #include "sock/internal.h"
-
-static uint32_t limit_iov(const struct iovec *iov, int iovcnt, uint64_t limit,
-			  struct iovec *out, int most)
-{
-	int i;
-
-	for (i = 0; i < iovcnt && i < most && limit; i++) {
-		out[i] = iov[i];
-		if (out[i].iov_len > limit)
-			out[i].iov_len = limit;
-		limit -= out[i].iov_len;
-	}
-	return (uint32_t)i;
-}
+#include "transport/transport.h"
 
 /* The producer has cut over: how much of its kernel bytes is still to come? */
 static ssize_t start_drain(struct km_conn *conn, int fd)
@@ -101,7 +88,7 @@ bool km_peer_died(struct km_conn *conn, int fd, int flags)
  * Back on the kernel: has its stream ended before all came by it that was in the ring?
  * Whoever was to send it again has died, and it is still where it was.
  */
-KM_COLD static bool take_rest(struct km_conn *conn, int fd)
+KM_COLD static bool take_rest(struct km_file *f, struct km_conn *conn, int fd)
 {
 	struct iovec none = {NULL, 0};
 	uint64_t cut, taken;
@@ -122,8 +109,8 @@ KM_COLD static bool take_rest(struct km_conn *conn, int fd)
 		return false;
 	none.iov_len = taken - cut;
 	if (km_ring_readable(&conn->rx) <= (int64_t)none.iov_len ||
-	    (none.iov_len && km_ring_read(&conn->rx, &none, 1, KM_RING_DISCARD) !=
-				     (ssize_t)none.iov_len))
+	    (none.iov_len &&
+	     km_get(f, conn, &none, 1, KM_RING_DISCARD) != (ssize_t)none.iov_len))
 		return false;
 	conn->rx_end = 0;
 	conn->rx_begun = true;
@@ -147,15 +134,16 @@ static ssize_t kernel_end(struct km_conn *conn, int fd, int flags)
 }
 
 /* By the kernel for good, as far as anybody knows. */
-static ssize_t recv_ended(struct km_conn *conn, int fd, const struct iovec *iov,
-			  int iovcnt, int flags)
+static ssize_t recv_ended(struct km_file *f, struct km_conn *conn, int fd,
+			  const struct iovec *iov, int iovcnt, int flags)
 {
 	ssize_t n = km_kernel_recv(fd, iov, iovcnt, flags);
 
 	if (km_likely(n > 0 || n == -EAGAIN))
 		return n;
 	/* Not before the kernel told of an end: a question for each read would be dear. */
-	if (km_load_relaxed(&conn->rx.wire->wpos) != conn->rx.r && take_rest(conn, fd))
+	if (km_load_relaxed(&conn->rx.wire->wpos) != conn->rx.r &&
+	    take_rest(f, conn, fd))
 		return KM_RETRY;
 	return n ? n : kernel_end(conn, fd, flags);
 }
@@ -171,7 +159,7 @@ bool km_stream_rest(struct km_file *f, int fd, ssize_t n)
 		return false;
 	if (d.conn->rx_phase == KM_PHASE_ENDED &&
 	    km_load_relaxed(&d.conn->rx.wire->wpos) != d.conn->rx.r)
-		rest = take_rest(d.conn, km_kernel_fd(f, fd));
+		rest = take_rest(f, d.conn, km_kernel_fd(f, fd));
 	km_side_leave(&d);
 	errno = kept;
 	return rest;
@@ -252,11 +240,11 @@ static ssize_t recv_ring(struct km_file *f, struct km_conn *conn, int fd,
 			conn->rx_phase = KM_PHASE_ENDED;
 			return KM_RETRY;
 		}
-		iovcnt = (int)limit_iov(iov, iovcnt, conn->rx_end - 1 - rx->r, part,
-					KM_COUNT(part));
+		iovcnt = km_iov_limit(iov, iovcnt, conn->rx_end - 1 - rx->r, part,
+				      KM_COUNT(part));
 		iov = part;
 	}
-	n = km_ring_read(rx, iov, iovcnt, how);
+	n = km_get(f, conn, iov, iovcnt, how);
 
 	if (km_likely(n > 0)) {
 		conn->idle_reads = 0;
@@ -301,8 +289,8 @@ static ssize_t recv_once(struct km_file *f, struct km_conn *conn, int fd,
 				continue;
 			return km_likely(n != 0) ? n : kernel_end(conn, fd, flags);
 		case KM_PHASE_DRAIN:
-			iovcnt = (int)limit_iov(iov, iovcnt, conn->rx_left, part,
-						KM_COUNT(part));
+			iovcnt = km_iov_limit(iov, iovcnt, conn->rx_left, part,
+					      KM_COUNT(part));
 			n = km_kernel_recv(fd, part, iovcnt, flags);
 			if (n > 0 && !(flags & MSG_PEEK)) {
 				conn->rx_left -= (uint64_t)n;
@@ -318,7 +306,7 @@ static ssize_t recv_once(struct km_file *f, struct km_conn *conn, int fd,
 				continue;
 			return n;
 		case KM_PHASE_ENDED:
-			n = recv_ended(conn, fd, iov, iovcnt, flags);
+			n = recv_ended(f, conn, fd, iov, iovcnt, flags);
 			if (n == KM_RETRY)
 				continue;
 			return n;
@@ -464,7 +452,7 @@ static ssize_t recv_at_once(struct km_file *f, struct km_conn *conn, int fd,
 	ssize_t n;
 
 	if (km_unlikely(conn->rx_phase != KM_PHASE_RING || !conn->rx_begun ||
-			conn->rx_end || conn->lowat > 1 ||
+			!conn->rx.data || conn->rx_end || conn->lowat > 1 ||
 			(km_load_relaxed(&conn->flags) & KM_CONN_RESET)))
 		return KM_RETRY;
 	/* Beside the position, whose line the producer may take away at once.  A producer

@@ -15,6 +15,7 @@
 #include "event/event.h"
 #include "link/link.h"
 #include "sock/internal.h"
+#include "transport/transport.h"
 
 /* How long a close or shutdown waits for the kernel to take what a consumer left.  A
  * hostile one makes it wait for nothing. */
@@ -32,6 +33,15 @@ static uint32_t leave(km_a32 *left, uint32_t who)
 	    (seen == KM_LEFT_READING && km_cas_sync(LEFT, left, &seen, who)))
 		return who;
 	return seen;
+}
+
+enum km_lock_result km_tx_lock(struct km_conn *conn)
+{
+	enum km_lock_result how = km_lock(&conn->tx_lock);
+
+	if (km_unlikely(how == KM_LOCK_STOLEN))
+		km_stream_reset(conn);
+	return how;
 }
 
 bool km_tx_leave(struct km_conn *conn)
@@ -83,10 +93,15 @@ bool km_tx_end(struct km_conn *conn)
 	return true;
 }
 
-ssize_t km_tx_resend(struct km_conn *conn, int fd)
+ssize_t km_tx_resend(struct km_file *f, struct km_conn *conn, int fd)
 {
+	uint8_t buf[16384];
 	const uint8_t *from;
 
+	/* Whoever died with the lock may have put bytes into the pipe that it never
+	 * published. */
+	if (f->tx_pipe >= 0 && (km_load_relaxed(&conn->flags) & KM_CONN_RESET))
+		return -EPROTO;
 	/* From now on the position stands. */
 	if (!conn->tx_resend)
 		conn->tx_resend =
@@ -95,7 +110,8 @@ ssize_t km_tx_resend(struct km_conn *conn, int fd)
 		return -EPROTO;
 	KM_FAULT(CLOSE_RESEND);
 	for (;;) {
-		ssize_t n = km_ring_replay(&conn->tx, conn->tx_resend - 1, &from);
+		ssize_t n = km_replay(f, conn, conn->tx_resend - 1, buf, sizeof(buf),
+				      &from);
 
 		if (n < 0)
 			return n;
@@ -142,7 +158,7 @@ static void make_send_room(const struct km_conn *conn, int fd)
 		km_sys_setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &wanted, sizeof(wanted));
 }
 
-int km_tx_resend_all(struct km_conn *conn, int fd)
+int km_tx_resend_all(struct km_file *f, struct km_conn *conn, int fd)
 {
 	int64_t deadline = km_now_ns() + PATIENCE_NS;
 	struct timespec look = {0, LOOK_NS};
@@ -152,7 +168,7 @@ int km_tx_resend_all(struct km_conn *conn, int fd)
 	while (conn->tx_phase == KM_PHASE_DRAIN) {
 		struct pollfd pfd = {.fd = fd, .events = POLLOUT};
 
-		n = km_tx_resend(conn, fd);
+		n = km_tx_resend(f, conn, fd);
 		if (n != -EAGAIN)
 			return (int)n;
 		if (!grown) {
@@ -174,11 +190,11 @@ void km_tx_look(struct km_file *f, struct km_conn *conn, int fd)
 
 	if (km_likely(!km_tx_left(conn)))
 		return;
-	how = km_lock(&conn->tx_lock);
+	how = km_tx_lock(conn);
 	if (how == KM_LOCK_NESTED)
 		return;
 	if (f->conn == conn && !km_tx_leave(conn))
-		n = km_tx_resend(conn, fd);
+		n = km_tx_resend(f, conn, fd);
 	km_unlock(&conn->tx_lock, how);
 	if (n == -EPROTO)
 		km_stream_reset(conn);
@@ -248,9 +264,9 @@ int km_stream_retreat(struct km_file *f, int fd, enum km_reason reason, bool tak
 
 	if (rx == KM_LOCK_NESTED)
 		return err;
-	tx = km_lock(&conn->tx_lock);
+	tx = km_tx_lock(conn);
 	if (tx != KM_LOCK_NESTED) {
-		err = km_tx_end(conn) ? 0 : km_tx_resend_all(conn, fd);
+		err = km_tx_end(conn) ? 0 : km_tx_resend_all(f, conn, fd);
 		if (err == 0)
 			err = leave_rx(conn, fd, take);
 		if (err == 0) {
@@ -276,11 +292,11 @@ void km_stream_finish(struct km_file *f, int fd)
 	/* Siblings that go on with the connection answer for themselves. */
 	if (!conn || km_load_seq(&conn->procs) != 1)
 		return;
-	how = km_lock(&conn->tx_lock);
+	how = km_tx_lock(conn);
 	if (how == KM_LOCK_NESTED)
 		return;
 	if (!km_tx_leave_for_good(conn, fd))
-		km_tx_resend_all(conn, fd);
+		km_tx_resend_all(f, conn, fd);
 	km_unlock(&conn->tx_lock, how);
 }
 

@@ -6,6 +6,7 @@
 #include "event/event.h"
 #include "link/link.h"
 #include "sock/internal.h"
+#include "transport/transport.h"
 
 /* This end's stream moves to the ring at the present byte. */
 static int cut_tx(struct km_conn *conn, int fd)
@@ -72,7 +73,7 @@ static void published(struct km_file *f, struct km_conn *conn, int fd)
 {
 	km_tell_consumer(f, conn);
 	if (km_unlikely(km_tx_left(conn)) && !km_tx_leave(conn))
-		km_tx_resend(conn, fd);
+		km_tx_resend(f, conn, fd);
 	else if (km_unlikely(conn->tx.w - conn->tx.r > conn->tx.size / 2))
 		check_consumer(conn, fd);
 }
@@ -102,7 +103,7 @@ static ssize_t send_ring(struct km_file *f, struct km_conn *conn, int fd,
 	/* A consumer that runs beside this end is told of each piece. */
 	if (km_unlikely(want > KM_RING_PIECE) && km_ring_consumer_elsewhere(&conn->tx))
 		most = KM_RING_PIECE;
-	n = km_ring_write(&conn->tx, iov, iovcnt, most);
+	n = km_put(f, conn, iov, iovcnt, most);
 	if (km_likely(n > 0)) {
 		put(f, conn, fd, level);
 		return n;
@@ -171,7 +172,7 @@ static ssize_t send_once(struct km_file *f, struct km_conn *conn, int fd,
 			}
 			return by_kernel(conn, fd, iov, iovcnt, flags);
 		case KM_PHASE_DRAIN:
-			n = km_tx_resend(conn, fd);
+			n = km_tx_resend(f, conn, fd);
 			if (n < 0)
 				return n;
 			continue;
@@ -199,7 +200,7 @@ static ssize_t send_at_once(struct km_file *f, int fd, const struct iovec *iov)
 	uint32_t level;
 	int err;
 
-	if (km_unlikely(!conn || conn->tx_phase != KM_PHASE_RING ||
+	if (km_unlikely(!conn || conn->tx_phase != KM_PHASE_RING || !conn->tx.data ||
 			iov->iov_len - 1 >= KM_RING_PIECE ||
 			f->link_state == KM_LINK_HELLO ||
 			!km_side_enter(f, fd, true, false, &d, &err)))
@@ -299,7 +300,9 @@ ssize_t km_send_from(struct km_file *f, int fd, int in, off64_t *offset, size_t 
 	if (d.conn->tx_phase == KM_PHASE_RING && km_unlikely(peer_stopped(d.conn)) &&
 	    !(died = km_peer_died(d.conn, km_kernel_fd(f, fd), KM_MSG_MOVED)))
 		km_tx_end(d.conn);
-	if (d.conn->tx_phase == KM_PHASE_RING && !died &&
+	/* A pipe is filled from a buffer: what sendfile would put there are pages of the
+	 * file, of which fewer bytes may fit. */
+	if (d.conn->tx_phase == KM_PHASE_RING && !died && d.conn->tx.data &&
 	    !(km_load_relaxed(&d.conn->flags) & KM_CONN_RESET)) {
 		space = km_ring_space(&d.conn->tx, count, &at);
 		if (space > 0)

@@ -145,7 +145,7 @@ int km_stream_shutdown(struct km_file *f, int fd, int how)
 		if (!km_side_enter(f, fd, true, false, &d, &err))
 			return err;
 		if (!km_tx_leave_for_good(d.conn, fd))
-			km_tx_resend_all(d.conn, fd);
+			km_tx_resend_all(f, d.conn, fd);
 		/* The flag tells a half close from a death; the kernel's FIN that
 		 * follows wakes the peer. */
 		km_store_sync(FLAGS_SET, &d.conn->tx.wire->pflags,
@@ -197,8 +197,9 @@ void km_stream_closing(struct km_file *f, int fd)
 	struct km_conn *conn = f->conn;
 	struct km_wire_ring *wire = conn->tx.wire;
 	struct linger linger = {1, 0};
-	enum km_lock_result tx = km_lock(&conn->tx_lock);
-	bool lost = !km_tx_leave_for_good(conn, fd) && km_tx_resend_all(conn, fd) < 0;
+	enum km_lock_result tx = km_tx_lock(conn);
+	bool lost =
+		!km_tx_leave_for_good(conn, fd) && km_tx_resend_all(f, conn, fd) < 0;
 
 	km_unlock(&conn->tx_lock, tx);
 	/* The kernel tells the rest, and knows whether another program has the socket. */

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from kmap import native, procfs, wire
-from kmap.launch import environment
+from kmap.launch import environment, transport
 from kmap.policy import arguments
 from kmap.results import (
     CannotRun,
@@ -31,7 +31,7 @@ from kmap.results import (
     UsageError,
     command_parser,
 )
-from kmap.settings import LOG_LEVELS, TRANSPORTS
+from kmap.settings import LOG_LEVELS
 
 # What a shell or a supervisor sends to a program to tell it something.
 _PASSED_ON = (
@@ -93,8 +93,9 @@ def add_parser(subparsers: SubParsers) -> None:
     parser.usage = "kmap run [options] [--] CMD [ARG...]"
     parser.add_argument(
         "--transport",
-        choices=TRANSPORTS,
-        help="what channels are made of; the same as KMAP_TRANSPORT",
+        metavar="NAME",
+        help="what carries the bytes of upgraded connections; the same as "
+        "KMAP_TRANSPORT",
     )
     parser.add_argument(
         "--log",
@@ -179,7 +180,7 @@ def run(args: argparse.Namespace) -> NoReturn:
         raise UsageError("no command: kmap run -- CMD [ARG...]")
     options: dict[str, str] = {}
     if args.transport is not None:
-        options["KMAP_TRANSPORT"] = args.transport
+        options["KMAP_TRANSPORT"] = transport(args.transport)
     if args.log is not None:
         if args.log.split(":", 1)[0] not in LOG_LEVELS:
             raise UsageError(

@@ -213,6 +213,11 @@ def _why(
     return "policy" if peer is not None and peer.inode in refused else own
 
 
+def _transport_name(index: int) -> str:
+    names = native.transports()
+    return names[index].name if index < len(names) else f"transport-{index}"
+
+
 def _from_row(
     view: _View, row: Row, ends: list[Row], refused: set[int]
 ) -> Connection | None:
@@ -240,7 +245,9 @@ def _from_row(
         peer=str(row.peer),
         original_dst=str(row.original_dst) if row.original_dst else None,
         state=row.state.name.lower(),
-        transport=row.transport if row.state != RowState.KERNEL else None,
+        transport=(
+            _transport_name(row.transport) if row.state != RowState.KERNEL else None
+        ),
         reason=_why(view, holder, tcp, _reason_name(row.reason), refused),
         ring_rx_bytes=row.ring_rx_bytes,
         ring_tx_bytes=row.ring_tx_bytes,

@@ -23,7 +23,7 @@ static void *create(void *arg)
 		char answer;
 		int fd;
 
-		CHECK_IS(km_segment_create(&seg, SIZE, &fd), 0);
+		CHECK_IS(km_segment_create(&seg, SIZE, false, &fd), 0);
 		CHECK_IS(km_sys_write(there[1], &fd, sizeof(fd)), sizeof(fd));
 		CHECK_IS(km_sys_read(back[0], &answer, 1), 1);
 		km_segment_unmap(&seg);
@@ -40,7 +40,7 @@ static void *attach(void *arg)
 		int fd;
 
 		CHECK_IS(km_sys_read(there[0], &fd, sizeof(fd)), sizeof(fd));
-		CHECK_IS(km_segment_attach(&seg, fd), 0);
+		CHECK_IS(km_segment_attach(&seg, false, fd), 0);
 		CHECK_IS(seg.ring_size, SIZE);
 		km_segment_unmap(&seg);
 		CHECK_IS(km_sys_write(back[1], "", 1), 1);

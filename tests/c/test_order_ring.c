@@ -82,7 +82,7 @@ static void stream(uint32_t size, bool in_place)
 	pthread_t threads[2];
 	int fd;
 
-	CHECK_IS(km_segment_create(&run.seg, size, &fd), 0);
+	CHECK_IS(km_segment_create(&run.seg, size, false, &fd), 0);
 	km_producer_init(&run.p, &run.seg.wire->ring[0], km_segment_data(&run.seg, 0),
 			 size);
 	km_consumer_init(&run.c, &run.seg.wire->ring[0], km_segment_data(&run.seg, 0),

@@ -78,7 +78,7 @@ int main(void)
 		bytes[i] = (uint8_t)(i * 31 + (i >> 8));
 	km_spin_init();
 	km_fault_arm();
-	CHECK_IS(km_segment_create(&seg, SIZE, &fd), 0);
+	CHECK_IS(km_segment_create(&seg, SIZE, false, &fd), 0);
 	wire = &seg.wire->ring[0];
 	km_producer_init(&p, wire, km_segment_data(&seg, 0), SIZE);
 	km_consumer_init(&c, wire, km_segment_data(&seg, 0), SIZE);

@@ -55,7 +55,7 @@ int main(void)
 	const uint8_t *from;
 	int fd;
 
-	CHECK_IS(km_segment_create(&seg, SIZE, &fd), 0);
+	CHECK_IS(km_segment_create(&seg, SIZE, false, &fd), 0);
 	km_producer_init(&p, &seg.wire->ring[0], km_segment_data(&seg, 0), SIZE);
 	km_consumer_init(&c, &seg.wire->ring[0], km_segment_data(&seg, 0), SIZE);
 

@@ -50,7 +50,8 @@ def test_every_point_is_passed_somewhere() -> None:
     )
     names = (ROOT / "core" / "base" / "faults.def").read_text()
     for name in re.findall(r"^X\((\w+),", names, re.MULTILINE):
-        assert source.count(f"KM_FAULT({name})") == 1, name
+        # Those of bytes that move are in rings and in pipes.
+        assert 1 <= source.count(f"KM_FAULT({name})") <= 2, name
 
 
 def test_the_page_has_the_same_rows() -> None:

@@ -14,20 +14,21 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 
-VERSION = 3
+VERSION = 4
 HEADER = 4096
 RING_SIZE = 65536
 # Levels of 16 KiB, 64 KiB and, for rings beyond that, the rest.
 AREA = 16384 + 65536
 BELL_SIZE = 4096
 HELLO, ACK, REFUSAL = 1, 2, 3
+SHM, PIPE, FIFO = 0, 1, 2
 IN_HELLO, ATTACHED, READY, CANCELLED = 1, 2, 3, 4
 CUT, END, FIN, CLOSED = 1, 2, 4, 8
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 DEADLINE_S = 30.0
 
-# magic, version, kind, slot, reason, lport, laddr, and what the compiler adds
-_MESSAGE = struct.Struct("=IIIIIH16s2x")
+# magic, version, kind, slot, reason, transport, lport, laddr, and a hole at the end
+_MESSAGE = struct.Struct("=IIIIIIH16s2x")
 _SEGMENT = struct.Struct("=QIIII16s")
 _SEGMENT_MAGIC = int.from_bytes(b"KAMPSEG1", "little")
 _BELL_MAGIC = 0x314C45425041474B
@@ -104,6 +105,8 @@ def _half(sock_name: tuple[str, int]) -> str:
 
 class Liar:
     """One end of a TCP connection to the victim, and its rendezvous."""
+
+    transport = SHM
 
     def __init__(self, tcp: socket.socket, *, connects: bool) -> None:
         self.tcp = tcp
@@ -201,38 +204,51 @@ class Liar:
         version: int = VERSION,
         kind: int | None = None,
         slot: int = 0,
+        transport: int | None = None,
     ) -> bytes:
         """A proper message of this role, except for what is said."""
         host, port = self.tcp.getsockname()
+        if transport is None:
+            transport = self.transport
         if kind is None:
             kind = ACK if self.connects else HELLO
         address = b"\0" * 10 + b"\xff\xff" + socket.inet_aton(host)
-        return _MESSAGE.pack(magic, version, kind, slot, 0, port, address)
+        return _MESSAGE.pack(magic, version, kind, slot, 0, transport, port, address)
 
     def _map(self, fd: int) -> mmap.mmap:
         memory = mmap.mmap(fd, os.fstat(fd).st_size)
         os.close(fd)
         return memory
 
+    def offered(self) -> list[int]:
+        """As the acceptor: the descriptors of a proper hello, but for the bell's."""
+        return [segment()]
+
+    def came(self, fds: list[int]) -> None:
+        """As the connector: what the hello brought behind the bell's descriptors."""
+        assert not fds
+
     def upgrade(self) -> None:
         """The whole handshake, as the protocol has it."""
         self.meet()
         if self.connects:
             kind, fds = self.receive()
-            assert (kind, len(fds)) == (HELLO, 3)
+            assert kind == HELLO
             self.memory = self._map(fds[0])
+            theirs = fds[1:3]
+            self.came(fds[3:])
             self.send(self.message(), self.own)
             self.state(ATTACHED)
         else:
-            fd = segment()
-            self.send(self.message(), [fd, *self.own])
+            fd, *more = self.offered()
+            self.send(self.message(), [fd, *self.own, *more])
             self.memory = self._map(fd)
             self.ping()
-            kind, fds = self.receive()
-            assert (kind, len(fds)) == (ACK, 2)
+            kind, theirs = self.receive()
+            assert (kind, len(theirs)) == (ACK, 2)
             self.state(READY)
-        self.bell = self._map(fds[-2])
-        self.latch = socket.socket(fileno=fds[-1])
+        self.bell = self._map(theirs[0])
+        self.latch = socket.socket(fileno=theirs[1])
         self.ping_until_cut()
 
     def ping_until_cut(self) -> None:
@@ -241,10 +257,14 @@ class Liar:
             self.tcp.sendall(b"p")
             until("an answer", self._answered)
             if self.get(self.rx, "wpos"):
-                self.put(self.rx, "rpos", self.get(self.rx, "wpos"))
+                self.take(self.get(self.rx, "wpos"))
                 return
             assert self.tcp.recv(1) == b"p"
         raise AssertionError("the victim does not cut over")
+
+    def take(self, upto: int) -> None:
+        """Reads the victim's ring up to that position."""
+        self.put(self.rx, "rpos", upto)
 
     def _answered(self) -> bool:
         readable, _, _ = select.select([self.tcp], [], [], 0)

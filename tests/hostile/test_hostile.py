@@ -126,12 +126,7 @@ def test_lies(victim: Victim, connects: bool, shape: str) -> None:
         with victim.liar(connects=connects) as liar:
             liar.upgrade()
             lie(liar)
-            liar.nudge()
-            assert victim.line() == "gone ECONNRESET", lie.__name__
-            until("the end of the connection", liar.gone)
-        assert victim.counter("protocol_resets") == number, lie.__name__
-        assert len(victim.log_lines()) == number, victim.log_lines()
-        victim.honest()
+            victim.finds_out(liar, number, lie.__name__)
         victim.settled(descriptors, segments)
 
 

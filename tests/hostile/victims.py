@@ -152,6 +152,16 @@ class Victim:
     @contextlib.contextmanager
     def liar(self, *, connects: bool) -> Iterator[Liar]:
         """A hostile connection to it, made by either side."""
+        with self.connection(connects=connects) as tcp:
+            liar = Liar(tcp, connects=connects)
+            try:
+                yield liar
+            finally:
+                liar.close()
+
+    @contextlib.contextmanager
+    def connection(self, *, connects: bool) -> Iterator[socket.socket]:
+        """A connection to it that nothing honest is at the other end of."""
         if connects:
             tcp = socket.create_connection(("127.0.0.1", self.port))
         else:
@@ -160,11 +170,17 @@ class Victim:
                 self.process.stdin.write(f"{listener.getsockname()[1]}\n")
                 self.process.stdin.flush()
                 tcp, _ = listener.accept()
-        liar = Liar(tcp, connects=connects)
-        try:
-            yield liar
-        finally:
-            liar.close()
+        with tcp:
+            yield tcp
+
+    def finds_out(self, liar: Liar, number: int, lie: str) -> None:
+        """That liar is the only one to suffer; it is the victim's number-th."""
+        liar.nudge()
+        assert self.line() == "gone ECONNRESET", lie
+        until("the end of the connection", liar.gone)
+        assert self.counter("protocol_resets") == number, lie
+        assert len(self.log_lines()) == number, self.log_lines()
+        self.honest()
 
     def settled(self, descriptors: list[str], segments: int) -> None:
         """Nothing of closed connections is left in it."""

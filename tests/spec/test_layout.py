@@ -97,7 +97,7 @@ def test_the_decoder_reads_what_was_compiled() -> None:
     header = {"magic": wire.MAGIC, "version": wire.VERSION, "header_size": 4096}
     header |= {"row_size": 512, "row_count": 1, "used_rows": 1, "pid": 4711}
     # Distinct values, so that two fields of one size cannot change places unseen.
-    row = {"state": 2, "role": 1, "reason": 3, "transport": 0, "inode": 0x1_0000_0001}
+    row = {"state": 2, "role": 1, "reason": 3, "transport": 1, "inode": 0x1_0000_0001}
     row |= {"fd": -5, "pid": 4712, "lport": 1001, "pport": 1002, "oport": 1003}
     row |= {"ring_size": 65536, "generation": 9, "ring_rx_bytes": 11}
     row |= {"ring_tx_bytes": 12, "kernel_rx_bytes": 13, "kernel_tx_bytes": 14}
@@ -129,10 +129,9 @@ def test_the_decoder_reads_what_was_compiled() -> None:
         os.close(fd)
     assert (statistics.pid, statistics.comm) == (4711, "envoy")
     (decoded,) = statistics.rows
-    for name in row.keys() - {"state", "role", "transport", "lport", "pport", "oport"}:
+    for name in row.keys() - {"state", "role", "lport", "pport", "oport"}:
         assert getattr(decoded, name) == row[name], name
     assert (decoded.state, decoded.role) == (wire.RowState.RING, wire.Role.CONNECTOR)
-    assert decoded.transport == "shm"
     assert str(decoded.local) == "127.0.0.1:1001"
     assert str(decoded.peer) == "[2001:db8::2]:1002"
     assert str(decoded.original_dst) == "10.0.0.3:1003"

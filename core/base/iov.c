@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Vectors of buffers. */
-#include "sock/internal.h"
+#include "base/iov.h"
+
+#include "base/compiler.h"
 
 size_t km_iov_total(const struct iovec *iov, int iovcnt)
 {
@@ -28,4 +30,18 @@ int km_iov_advance(const struct iovec *iov, int iovcnt, size_t done, struct iove
 		k++;
 	}
 	return k;
+}
+
+int km_iov_limit(const struct iovec *iov, int iovcnt, uint64_t limit, struct iovec *out,
+		 int most)
+{
+	int i;
+
+	for (i = 0; i < iovcnt && i < most && limit; i++) {
+		out[i] = iov[i];
+		if (out[i].iov_len > limit)
+			out[i].iov_len = limit;
+		limit -= out[i].iov_len;
+	}
+	return i;
 }
