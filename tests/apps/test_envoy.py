@@ -8,15 +8,17 @@ import json
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kmap.commands import ss
 from kmap.demo import config, programs
 from kmap.demo.children import Child, Deadline
 from kmap.demo.programs import Programs
@@ -153,6 +155,67 @@ def stack(
         nginx, port = start_nginx(found, tmp_path, served, env=mode_env)
         exits.callback(nginx.close)
         yield Stack(found, tmp_path, served, mode_env, mode, nginx, port, spawn, exits)
+
+
+def _rows(pids: Iterable[int]) -> list[ss.Connection]:
+    wanted = set(pids)
+    return [row for row in ss.connections(include_kernel=True) if row.pid in wanted]
+
+
+def _pipes(pid: int) -> int:
+    """Pipes and FIFOs of transports that a process has open."""
+    found = 0
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            # Its own pipes have low numbers.
+            found += int(fd.name) >= 256 and stat.S_ISFIFO(fd.stat().st_mode)
+    return found
+
+
+@pytest.mark.parametrize("transport", ["pipe", "fifo"])
+def test_hops_by_pipes(
+    transport: str,
+    found: Programs,
+    served: Path,
+    tmp_path: Path,
+    kmap_env: dict[str, str],
+    spawn: Any,
+) -> None:
+    """The hop to the client and that to the service, and what is left of them."""
+    fifos = tmp_path / "fifos"
+    env = {
+        **kmap_env,
+        "KMAP_TRANSPORT": transport,
+        "KMAP_FIFO_DIR": str(fifos),
+    }
+    with contextlib.ExitStack() as exits:
+        nginx, port = start_nginx(found, tmp_path, served, env=env)
+        exits.callback(nginx.close)
+        stack = Stack(found, tmp_path, served, env, "kmap", nginx, port, spawn, exits)
+        envoy = stack.start_envoy()
+        traffic = stack.start_traffic(envoy.ports["http"])
+        traffic.wait_for_good(400, "by pipes")
+        stack.assert_on_ring(envoy.child)
+        stack.assert_on_ring(nginx)
+        both = (*envoy.child.family(), *nginx.family())
+        deadline = Deadline(_WAIT_S, "the hops are not on their rings")
+        while True:
+            rows = [row for row in _rows(both) if row.state == "ring"]
+            if {row.role for row in rows if row.pid in envoy.child.family()} == {
+                "acceptor",
+                "connector",
+            }:
+                break
+            deadline.pause()
+        assert {row.transport for row in rows} == {transport}
+        assert all(_pipes(row.pid) >= 3 for row in rows)
+        assert not fifos.exists()
+        _assert_no_failure(traffic.finish())
+        assert envoy.child.stop(_WAIT_S, signal.SIGTERM) == 0
+        deadline = Deadline(_WAIT_S, "nginx still has pipes")
+        while any(_pipes(pid) > 1 for pid in nginx.family()):
+            deadline.pause()
+        assert not fifos.exists()
 
 
 def _assert_no_failure(counts: dict[str, Any]) -> None:

@@ -28,8 +28,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-MODE_ENV = "CONFORMANCE_MODE"
-UNDER_KMAP = os.environ.get(MODE_ENV) == "kmap"
+# Its number in a statistics row; not set on the kernel.
+TRANSPORT_ENV = "CONFORMANCE_TRANSPORT"
+UNDER_KMAP = TRANSPORT_ENV in os.environ
 
 # Long enough for a loaded machine; the runner's watchdog is longer still.
 PATIENCE = 8.0
@@ -475,6 +476,7 @@ class Row:
 
     state: int
     reason: int
+    transport: int
     ring_rx: int
     ring_tx: int
 
@@ -502,12 +504,12 @@ def row_of(sock: HasFileno) -> Row | None:
         assert header[:2] == (_MAGIC, 1), "unknown statistics layout"
         for index in range(header[5]):
             offset = header[2] + index * header[3]
-            state, _role, reason, _transport, row_inode, _fd, _pid = _ROW.unpack_from(
+            state, _role, reason, transport, row_inode, _fd, _pid = _ROW.unpack_from(
                 data, offset
             )
             if row_inode == inode and state:
                 rx, tx, _, _ = _BYTES.unpack_from(data, offset + 96)
-                row = Row(state, reason, rx, tx)
+                row = Row(state, reason, transport, rx, tx)
                 if best is None or state == _ROW_RING:
                     best = row
     return best
@@ -516,7 +518,13 @@ def row_of(sock: HasFileno) -> Row | None:
 def on_ring(sock: HasFileno) -> bool:
     """Both directions of this end have carried bytes by ring."""
     row = row_of(sock)
-    return bool(row and row.state == _ROW_RING and row.ring_rx and row.ring_tx)
+    return bool(
+        row
+        and row.state == _ROW_RING
+        and row.transport == int(os.environ.get(TRANSPORT_ENV, 0))
+        and row.ring_rx
+        and row.ring_tx
+    )
 
 
 def assert_on_ring(sock: HasFileno) -> None:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs one conformance case in a fresh process, with or without Kmap.
 
-    python tests/conformance/runner.py [--mode kernel|kmap] [--repeat N] CASE...
+    python tests/conformance/runner.py [--mode MODE] [--repeat N] CASE...
 
 CASE is module.function, or module.function[value]; ``--list`` names them all, and
-``all`` runs them all.  Exit codes: 0 passed, 1 failed, 77 cannot run here.
+``all`` runs them all.  MODE is kernel, or the transport under Kmap: kmap (which is
+shm), pipe or fifo.  Exit codes: 0 passed, 1 failed, 77 cannot run here.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if str(ROOT) not in sys.path:
 sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).parent)]
 
 from kmap.results import CannotRun  # noqa: E402
+from tests import modes  # noqa: E402
 from tests.conformance import kit  # noqa: E402
 
 PACKAGE = "tests.conformance.cases"
@@ -106,22 +108,11 @@ class Outcome:
         return self.code == HUNG
 
 
-def environment(case: Case, mode: str) -> dict[str, str]:
-    from kmap import launch
-
-    env = launch.without_kmap(os.environ)
-    if mode == "kmap":
-        options = {"KMAP_UPGRADE_AFTER": "1", **case.settings}
-        env = launch.environment(env, options=options)
-    env[kit.MODE_ENV] = mode
-    return env
-
-
 def run_case(case: Case, mode: str) -> Outcome:
     """Runs the case in its own session, so that nothing of it can stay behind."""
     process = subprocess.Popen(
         [sys.executable, *kit.runner_arguments("--inside", case.name)],
-        env=environment(case, mode),
+        env=modes.environment(mode, **{"KMAP_UPGRADE_AFTER": "1", **case.settings}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -170,7 +161,7 @@ def _far(descriptor: int) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("cases", nargs="*", metavar="CASE")
-    parser.add_argument("--mode", choices=["kernel", "kmap"], default="kernel")
+    parser.add_argument("--mode", choices=list(modes.MODES), default="kernel")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--list", action="store_true", help="names of all cases")
     parser.add_argument("--inside", metavar="CASE", help=argparse.SUPPRESS)

@@ -44,7 +44,21 @@ def test_kernel(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_kmap(name: str) -> None:
-    outcome = runner.run_case(CASES[name], "kmap")
+    _test_under_kmap(name, "kmap")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pipe(name: str) -> None:
+    _test_under_kmap(name, "pipe")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fifo(name: str) -> None:
+    _test_under_kmap(name, "fifo")
+
+
+def _test_under_kmap(name: str, mode: str) -> None:
+    outcome = runner.run_case(CASES[name], mode)
     deviation = DEVIATIONS.get(name)
     if deviation is None:
         _judge(outcome)

@@ -18,8 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kmap import launch
-from tests.conformance import kit
+from tests import modes
 from tests.properties.shrink import shrink
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,14 +39,10 @@ class Executor:
         self._rest = b""
 
     def _start(self) -> subprocess.Popen[bytes]:
-        env = launch.without_kmap(os.environ)
-        if self.mode == "kmap":
-            env = launch.environment(env, options={"KMAP_UPGRADE_AFTER": "0"})
-        env[kit.MODE_ENV] = self.mode
         self._rest = b""
         return subprocess.Popen(
             [sys.executable, str(EXECUTOR)],
-            env=env,
+            env=modes.environment(self.mode, KMAP_UPGRADE_AFTER="0"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
@@ -103,8 +98,9 @@ class Executor:
 class Judge:
     """One executor on the kernel and one under Kmap."""
 
-    def __init__(self) -> None:
-        self.kernel, self.kmap = Executor("kernel"), Executor("kmap")
+    def __init__(self, mode: str = "kmap") -> None:
+        self.mode = mode
+        self.kernel, self.kmap = Executor("kernel"), Executor(mode)
 
     def close(self) -> None:
         self.kernel.close()
@@ -139,7 +135,7 @@ class Judge:
         file.write_text(text)
         raise AssertionError(
             f"{difference}\nprogram: {small!r}\n"
-            f"again:   python -m tests.properties.replay {file}"
+            f"again:   python -m tests.properties.replay --mode {self.mode} {file}"
         )
 
     def _fails_like(self, difference: str) -> Callable[[Program], bool]:

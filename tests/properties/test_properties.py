@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
+from tests import modes
 from tests.properties import programs
 from tests.properties.compare import Executor, Judge, Program
 
@@ -39,9 +40,9 @@ def _settings(share: int) -> settings:
     )
 
 
-@pytest.fixture(scope="module")
-def judge() -> Iterator[Judge]:
-    made = Judge()
+@pytest.fixture(scope="module", params=list(modes.MODES)[1:])
+def judge(request: pytest.FixtureRequest) -> Iterator[Judge]:
+    made = Judge(request.param)
     yield made
     made.close()
 
