@@ -21,12 +21,20 @@ def faults_library() -> Path:
 
 
 @pytest.fixture
-def faults_env(faults_library: Path) -> dict[str, str]:
+def fifo_dir(tmp_path: Path) -> Path:
+    """Where transport fifo has its names; the library makes it."""
+    return tmp_path / "fifos"
+
+
+@pytest.fixture
+def faults_env(faults_library: Path, fifo_dir: Path, transport: str) -> dict[str, str]:
     """The environment of a program that runs under that library."""
     env = launch.without_kmap(os.environ)
     env["LD_PRELOAD"] = str(faults_library)
     # Small enough to be filled soon, large enough to grow once.
     env["KMAP_RING_SIZE"] = "65536"
+    env["KMAP_TRANSPORT"] = transport
+    env["KMAP_FIFO_DIR"] = str(fifo_dir)
     return env
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kmap import native
 from tests.faults.conftest import StartRun
 from tests.faults.drive import DONE, SENT, TAKEN, TRIED, Plan, Run
 from tests.faults.matrix import GOES_ON, ROWS, Row
@@ -34,17 +36,27 @@ def _one_shape(row: Row, side: str, turn: int) -> str:
     return row.shapes[place % len(row.shapes)]
 
 
-KILLED = [
-    pytest.param(row, side, shape, id=f"{row.point}-{side}-{shape}")
+TRANSPORTS = [transport.name for transport in native.transports()]
+CARRIED = [
+    (row, side, transport)
     for row in ROWS
     for side in row.sides
+    for transport in TRANSPORTS
+    if row.in_pipes or transport == "shm"
+]
+KILLED = [
+    pytest.param(
+        row, side, shape, transport, id=f"{row.point}-{side}-{shape}-{transport}"
+    )
+    for row, side, transport in CARRIED
     for shape in row.shapes
 ]
 EVERY_ROW = [
-    pytest.param(row, side, id=f"{row.point}-{side}")
-    for row in ROWS
-    for side in row.sides
+    pytest.param(row, side, transport, id=f"{row.point}-{side}-{transport}")
+    for row, side, transport in CARRIED
 ]
+# Here the acceptor has made names that nobody takes away any more, if it dies.
+LEAVES_NAMES = ("hello.bell", "hello.sent")
 KERNEL = sorted(
     {
         (row.scenario, row.actor, side, step, shape)
@@ -66,13 +78,15 @@ def _bytes_are_right(run: Run, delivered: bool | None) -> None:
         assert survivor[TAKEN] == victim[TRIED if delivered else SENT]
 
 
-@pytest.mark.parametrize(("row", "side", "shape"), KILLED)
+@pytest.mark.parametrize(("row", "side", "shape", "transport"), KILLED)
 def test_killed(
     row: Row,
     side: str,
     shape: str,
+    transport: str,
     start_run: StartRun,
     faults_env: Mapping[str, str],
+    fifo_dir: Path,
 ) -> None:
     run = start_run(_plan(row, side, shape, "kill"), faults_env)
     code = run.wait(run.victim)
@@ -90,6 +104,8 @@ def test_killed(
         assert report["after"] in GONE
     _bytes_are_right(run, row.delivered)
     run.nothing_is_left()
+    if row.point not in LEAVES_NAMES:
+        assert not fifo_dir.exists()
 
 
 @pytest.mark.parametrize(("scenario", "actor", "side", "step", "shape"), KERNEL)
@@ -115,9 +131,14 @@ def test_killed_on_the_kernel(
     _bytes_are_right(run, None)
 
 
-@pytest.mark.parametrize(("row", "side"), EVERY_ROW)
+@pytest.mark.parametrize(("row", "side", "transport"), EVERY_ROW)
 def test_stopped(
-    row: Row, side: str, start_run: StartRun, faults_env: Mapping[str, str]
+    row: Row,
+    side: str,
+    transport: str,
+    start_run: StartRun,
+    faults_env: Mapping[str, str],
+    fifo_dir: Path,
 ) -> None:
     shape = _one_shape(row, side, 0)
     run = start_run(_plan(row, side, shape, "stop"), faults_env)
@@ -125,11 +146,16 @@ def test_stopped(
     run.while_stopped()
     run.go_on(stopped)
     _all_is_well(run)
+    assert not fifo_dir.exists()
 
 
-@pytest.mark.parametrize(("row", "side"), EVERY_ROW)
+@pytest.mark.parametrize(("row", "side", "transport"), EVERY_ROW)
 def test_system_call_fails(
-    row: Row, side: str, start_run: StartRun, faults_env: Mapping[str, str]
+    row: Row,
+    side: str,
+    transport: str,
+    start_run: StartRun,
+    faults_env: Mapping[str, str],
 ) -> None:
     shape = _one_shape(row, side, 1)
     run = start_run(_plan(row, side, shape, "fail=ENOMEM"), faults_env)
@@ -141,7 +167,10 @@ def test_system_call_fails(
 
 
 # What the library keeps for the next connection, each once.
-KEPT = ("/memfd:kmap-stats", "/memfd:kmap-bell", "anon_inode:[event", "unix socket")
+KEPT = (
+    *("/memfd:kmap-stats", "/memfd:kmap-bell", "anon_inode:[event", "unix socket"),
+    "pipe:[",
+)
 
 
 def _keeps_little(report: dict[str, Any]) -> None:
