@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kmap import native
+from kmap import launch, native
 from kmap.render import byte_count, renders
 from kmap.results import SubParsers, UsageError, command_parser
 from kmap.stress.fallback import COMPARED
 from kmap.stress.faults import FAULTS, KINDS
 from kmap.stress.session import (
+    DEFAULT_TRANSPORT,
     LEVELS,
     Options,
     Session,
@@ -90,6 +91,13 @@ def add_parser(subparsers: SubParsers) -> None:
         "(default: both; the figures are then those of the sockets)",
     )
     parser.add_argument(
+        "--transport",
+        default=DEFAULT_TRANSPORT,
+        metavar="NAME",
+        help="what carries the bytes of the programs under Kmap; with another than the "
+        "default only the socket level runs (default: %(default)s)",
+    )
+    parser.add_argument(
         "--verify-fallback",
         action="store_true",
         help="instead, compare how each kind of fault ends with and without Kmap",
@@ -144,6 +152,13 @@ def _options(args: argparse.Namespace) -> Options:
         if args.level == "ring":
             raise UsageError("--kernel is about sockets, and --level ring has none")
         levels = ("socket",)
+    if launch.transport(args.transport) != DEFAULT_TRANSPORT:
+        if args.kernel or args.level == "ring":
+            raise UsageError(
+                f"--transport {args.transport} is about programs under Kmap: it goes "
+                "with neither --kernel nor --level ring"
+            )
+        levels = ("socket",)
     if args.verify_fallback:
         if args.kernel or args.case or args.level == "ring" or not faults:
             raise UsageError(
@@ -162,6 +177,7 @@ def _options(args: argparse.Namespace) -> Options:
         faults=faults,
         jobs=args.jobs,
         kernel=args.kernel,
+        transport=args.transport,
         patience=args.patience,
         case=case,
         verify_fallback=args.verify_fallback,

@@ -7,6 +7,7 @@ import contextlib
 import random
 import select
 import socket
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -126,9 +127,14 @@ class Runner:
         pattern: Pattern,
         *,
         kernel: bool,
+        transport: str,
         patience: float,
     ) -> None:
         self._level = level
+        self._transport = transport
+        # Workers that are killed may leave names behind.
+        self._directory = tempfile.TemporaryDirectory(prefix="kmap-stress-")
+        self._fifo_dir = f"{self._directory.name}/fifos"
         self._seed = seed
         self._job = job
         self._pattern = pattern
@@ -145,6 +151,7 @@ class Runner:
             worker.dispose()
         self._workers.clear()
         self._progress.close()
+        self._directory.cleanup()
 
     def _start(self, variants: Mapping[str, str]) -> dict[str, WorkerProcess]:
         fresh = []
@@ -158,6 +165,9 @@ class Runner:
                 options = variant_options(
                     variants[side], self._seed, self._job, generation, side
                 )
+                if options:
+                    options["KMAP_TRANSPORT"] = self._transport
+                    options["KMAP_FIFO_DIR"] = self._fifo_dir
                 self._workers[key] = start_worker(
                     self._level,
                     side,

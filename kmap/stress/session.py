@@ -19,6 +19,7 @@ from kmap.stress.stream import Pattern
 
 SCHEMA = "kmap.stress/1"
 LEVELS = ("ring", "socket")
+DEFAULT_TRANSPORT = "shm"
 # Of the time of a run of both levels, the part of the ring level: sockets have more
 # ways to go wrong.
 _RING_PART = 0.2
@@ -36,6 +37,7 @@ class Options:
     faults: tuple[str, ...]
     jobs: int
     kernel: bool = False
+    transport: str = DEFAULT_TRANSPORT
     patience: float = 20.0
     # (job, number): this case again and again, and nothing else.
     case: tuple[int, int] | None = None
@@ -130,6 +132,7 @@ class StressResult:
             "leaked_fds": sum(tally.leaked_fds for tally in self.tallies.values()),
             "errors": self.count("error", "died", "upgraded", "idle"),
             "kernel": self.options.kernel,
+            "transport": self.options.transport,
             "seconds": round(self.seconds, 1),
             "levels": {level: t.to_json() for level, t in self.tallies.items()},
             "failures": [
@@ -160,6 +163,8 @@ def replay_line(options: Options, level: str, case: str = "") -> str:
     words += ["--case", case] if case else ["--jobs", str(options.jobs)]
     if options.kernel:
         words.append("--kernel")
+    if options.transport != DEFAULT_TRANSPORT:
+        words += ["--transport", options.transport]
     return shlex.join(words)
 
 
@@ -208,6 +213,7 @@ class Session:
             job,
             self._pattern,
             kernel=kernel,
+            transport=self._options.transport,
             patience=self._options.patience,
         )
 

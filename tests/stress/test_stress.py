@@ -74,6 +74,21 @@ def test_programs_under_kmap(kernel_env: dict[str, str]) -> None:
     assert any(document["faults"].values()), document["faults"]
 
 
+@pytest.mark.parametrize("transport", ["pipe", "fifo"])
+def test_programs_under_kmap_with_pipes(
+    kernel_env: dict[str, str], transport: str
+) -> None:
+    document, _ = stress(
+        kernel_env, "--transport", transport, "--seed", "4", "--duration", "8"
+    )
+    check_clean(document)
+    assert document["transport"] == transport
+    assert list(document["levels"]) == ["socket"]
+    assert document["upgraded"] > 0
+    assert document["ring_bytes"] > 0
+    assert any(document["faults"].values()), document["faults"]
+
+
 @pytest.mark.parametrize("kinds", GROUPS, ids=lambda kinds: kinds[0])
 @pytest.mark.parametrize("level", ["--kernel", "--level=socket"])
 def test_each_kind_of_fault(
@@ -212,6 +227,9 @@ def test_fallback_ends_as_on_the_kernel(kernel_env: dict[str, str]) -> None:
         (("--case", "0:1"), "--level"),
         (("--case", "first", "--level", "ring"), "JOB:NUMBER"),
         (("--kernel", "--level", "ring"), "--level ring has none"),
+        (("--transport", "pigeon"), "it is one of shm, pipe, fifo"),
+        (("--transport", "pipe", "--kernel"), "about programs under Kmap"),
+        (("--transport", "fifo", "--level", "ring"), "about programs under Kmap"),
         (("--verify-fallback", "--kernel"), "compares sockets with the kernel"),
         (("--verify-fallback", "--faults", "fork"), "compares attach-refused"),
     ],
