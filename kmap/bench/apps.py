@@ -24,6 +24,7 @@ from pathlib import Path
 from kmap import launch, native, procfs
 from kmap.bench import machine
 from kmap.bench.figures import Sample
+from kmap.bench.workloads import transport_of
 from kmap.demo import cpu, programs, rig
 from kmap.demo.children import Child, ChildFailed, Deadline
 from kmap.demo.ringbytes import Collector
@@ -495,7 +496,7 @@ def measure(
         p50_us=report.p50_us,
         p99_us=report.p99_us,
         # That there were rings at all: what the programs sent is not known exactly.
-        ring_share=float(ring > 0) if setup == "kmap" else None,
+        ring_share=float(ring > 0) if transport_of(setup) else None,
         steal=host.steal_share,
         foreign=host.foreign_share(own),
     )

@@ -19,7 +19,13 @@ from typing import Any
 from kmap import launch, native, procfs
 from kmap.bench import machine
 from kmap.bench.figures import Sample
-from kmap.bench.workloads import BOUND, SETUPS, Workload
+from kmap.bench.workloads import (
+    BOUND,
+    SETUPS,
+    Workload,
+    other_setups,
+    transport_of,
+)
 from kmap.demo.cpu import HostTime
 from kmap.demo.ringbytes import Collector
 from kmap.results import CommandFailed
@@ -50,12 +56,16 @@ def environments(base: Mapping[str, str]) -> dict[str, dict[str, str]]:
     plain = launch.without_kmap(base)
     # Settings such as KMAP_RING_SIZE hold for what is measured under Kmap.
     found = dict.fromkeys((*SETUPS, "kernel"), plain)
-    return {**found, "kmap": launch.environment(base)}
+    found["kmap"] = launch.environment(base)
+    for setup in other_setups():
+        options = {"KMAP_TRANSPORT": transport_of(setup) or ""}
+        found[setup] = launch.environment(base, options=options)
+    return found
 
 
 def command(workload: Workload, setup: str, place: Place) -> list[str]:
     """The command line of kmap-bench, without how much it is to do."""
-    transport = "tcp" if setup == "kmap" else setup
+    transport = "tcp" if transport_of(setup) else setup
     where = ("--server-cpu", str(place.cpus[0]), "--client-cpu", str(place.cpus[1]))
     if setup == BOUND:
         return [str(native.bench_path()), "line", *where]
@@ -189,7 +199,7 @@ def measure(
         sleeps=sleeps,
         p50_us=result["rtt_ns"]["p50"] / 1000 if has_rtt else None,
         p99_us=result["rtt_ns"]["p99"] / 1000 if has_rtt else None,
-        ring_share=_ring_share(ran) if setup == "kmap" else None,
+        ring_share=_ring_share(ran) if transport_of(setup) else None,
         steal=host.steal_share,
         foreign=host.foreign_share(own),
     )

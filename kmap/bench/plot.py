@@ -18,6 +18,8 @@ _COLOURS = {
     "pipe": "#88c0d0",
     "fifo": "#8fbcbb",
     "kmap": "#d08770",
+    "kmap-pipe": "#ebcb8b",
+    "kmap-fifo": "#bf616a",
     "ring": "#b48ead",
 }
 

@@ -46,6 +46,8 @@ class Plan:
     pairs: int = 5
     seconds: float = 0.5
     setups: tuple[str, ...] | None = None
+    # Further set-ups of whatever is measured under Kmap: its other transports.
+    others: tuple[str, ...] = ()
     # The CPUs of runs on one and on two; the last of two is that of the server.
     cpus: tuple[int, ...] = ()
     spinner: bool = False
@@ -191,6 +193,8 @@ class Session:
 
     def _setups(self, offered: Sequence[str]) -> list[str]:
         wanted = self.plan.setups
+        if "kmap" in offered:
+            offered = (*offered, *self.plan.others)
         return [name for name in offered if wanted is None or name in wanted]
 
     def _need(self, cpus: int) -> None:

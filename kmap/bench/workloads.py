@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kmap import native
+
 KIB = 1 << 10
 _SIZES = {
     "64": 64,
@@ -29,6 +31,23 @@ SETUPS = {
     "ring": "a channel of libkmap, without sockets",
     "line": "a cache line that goes back and forth, and carries nothing",
 }
+
+
+# The TCP program under Kmap with another transport than the default one, which has a
+# name of this form; not measured unless it is asked for.
+_OTHER = "kmap-"
+
+
+def other_setups() -> tuple[str, ...]:
+    """Those set-ups, one for each further transport of the library."""
+    return tuple(f"{_OTHER}{entry.name}" for entry in native.transports()[1:])
+
+
+def transport_of(setup: str) -> str | None:
+    """What carries the bytes of a program under Kmap; None in other set-ups."""
+    if setup == "kmap":
+        return native.transports()[0].name
+    return setup.removeprefix(_OTHER) if setup.startswith(_OTHER) else None
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from kmap.bench.tables import (
     number,
     ratio_metric,
 )
-from kmap.bench.workloads import SETUPS, WORKLOADS
+from kmap.bench.workloads import SETUPS, WORKLOADS, other_setups
 from kmap.demo import cpu
 from kmap.demo.children import none_left
 from kmap.progress import orderly_end, progress_bar
@@ -79,7 +79,14 @@ def add_parser(subparsers: SubParsers) -> None:
     parser.add_argument(
         "--setups",
         metavar="NAMES",
-        help=f"comma-separated, of {','.join(SETUPS)},kernel (default: all)",
+        help=f"comma-separated, of {','.join(SETUPS)},kernel (default: all); with "
+        "--transports also kmap-NAME of a transport",
+    )
+    parser.add_argument(
+        "--transports",
+        action="store_true",
+        help="measure the programs under Kmap with each of its transports, not only "
+        "with the default one",
     )
     parser.add_argument(
         "--cpus",
@@ -133,14 +140,15 @@ def _chosen(words: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(chosen or names))
 
 
-def _setups(text: str | None) -> tuple[str, ...] | None:
+def _setups(text: str | None, others: Sequence[str]) -> tuple[str, ...] | None:
     if text is None:
         return None
     names = tuple(name for name in text.split(",") if name)
-    unknown = [name for name in names if name not in SETUPS and name != "kernel"]
+    known = (*SETUPS, *others)
+    unknown = [name for name in names if name not in known and name != "kernel"]
     if unknown or not names:
         raise UsageError(
-            f"--setups {text}: there are {', '.join(SETUPS)}, and kernel for programs"
+            f"--setups {text}: there are {', '.join(known)}, and kernel for programs"
         )
     return names
 
@@ -173,13 +181,15 @@ def _plan(args: argparse.Namespace) -> Plan:
     seconds = args.seconds or (_QUICK_SECONDS if args.quick else _SECONDS)
     if pairs < 1 or seconds <= 0:
         raise UsageError("--pairs is at least 1 and --seconds more than 0")
-    setups = _setups(args.setups)
+    others = other_setups() if args.transports else ()
+    setups = _setups(args.setups, others)
     return Plan(
         workloads=tuple(WORKLOADS[name] for name in chosen if name in WORKLOADS),
         apps=tuple(APPS[name] for name in chosen if name in APPS),
         pairs=pairs,
         seconds=seconds,
         setups=setups,
+        others=others,
         cpus=_cpus(args.cpus),
         spinner=args.spinner,
         calls=not args.no_calls,

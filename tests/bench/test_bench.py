@@ -87,6 +87,27 @@ def test_every_set_up_is_measured(measured: Path) -> None:
     assert document["machine"]["kernel"] == os.uname().release
 
 
+def test_transports_stand_side_by_side() -> None:
+    """Those that are made of pipes make the pipes' calls, and the others none."""
+    setups = ["tcp", "kmap", "kmap-pipe", "kmap-fifo"]
+    document = bench("--transports", "--setups", ",".join(setups), *BRIEF, PINGPONG)
+    (outcome,) = document["workloads"]
+    rows = {each["setup"]: each for each in outcome["rows"]}
+    assert list(rows) == setups
+    for setup in setups[1:]:
+        assert rows[setup]["ring_share"] >= 0.9
+    for name in ("read", "write"):
+        assert rows["kmap"]["calls"]["by_name"].get(name, 0) < 0.1
+        # One at each end, as on the kernel; the rest is sleeping and waking.
+        for setup in ("tcp", "kmap-pipe", "kmap-fifo"):
+            assert rows[setup]["calls"]["by_name"][name] == pytest.approx(2, abs=0.2)
+
+
+def test_other_transports_have_to_be_asked_for() -> None:
+    document = bench("--setups", "kmap-pipe", *BRIEF, PINGPONG, exits=2)
+    assert "kmap-pipe" in document["error"]
+
+
 def test_under_kmap_the_bytes_go_by_ring_and_calls_are_saved(measured: Path) -> None:
     for workload in (PINGPONG, STREAM):
         assert row(measured, workload, "kmap")["ring_share"] >= 0.9
