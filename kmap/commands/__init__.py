@@ -9,6 +9,7 @@ COMMANDS = (
     "run",
     "ss",
     "stats",
+    "doctor",
     "path",
     "policy",
     "inject",
