@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
@@ -162,6 +162,20 @@ class _View:
         namespace = self._namespaces.get(process.network)
         return namespace.listeners.get(port, []) if namespace is not None else []
 
+    def involved(self, pids: Container[int]) -> list[Process]:
+        """The processes of pids, and those at the other ends of their connections."""
+        found: dict[int, Process] = {}
+        for process in self.processes:
+            if process.pid not in pids:
+                continue
+            found[process.pid] = process
+            for inode in process.sockets:
+                tcp = self.socket(process, inode)
+                peer = self.peer_of(process, tcp) if tcp is not None else None
+                for holder in self.holders.get(peer.inode, ()) if peer else ():
+                    found[holder.pid] = holder
+        return list(found.values())
+
     def role(self, process: Process, tcp: TcpSocket) -> str:
         """An end whose local port is being listened on was accepted.
 
@@ -176,9 +190,9 @@ class _View:
         return ""
 
 
-def _rows(view: _View) -> list[Row]:
+def _rows(processes: Iterable[Process]) -> list[Row]:
     files: dict[tuple[int, int], procfs.StatisticsFile] = {}
-    for process in view.processes:
+    for process in processes:
         for file in process.statistics:
             files.setdefault(file.identity, file)
     rows: list[Row] = []
@@ -280,9 +294,9 @@ def _infer_reason(view: _View, process: Process, tcp: TcpSocket) -> str:
 
 
 def _kernel_connections(
-    view: _View, known: set[int], refused: set[int]
+    view: _View, processes: Iterable[Process], known: set[int], refused: set[int]
 ) -> Iterable[Connection]:
-    for process in view.processes:
+    for process in processes:
         if not process.has_library:
             continue
         for inode, fd in process.sockets.items():
@@ -313,10 +327,13 @@ def _kernel_connections(
             )
 
 
-def connections(*, include_kernel: bool) -> tuple[Connection, ...]:
-    """The connections of this host as they are now."""
+def connections(
+    *, include_kernel: bool, pids: Container[int] | None = None
+) -> tuple[Connection, ...]:
+    """The connections of this host, or of the processes pids, as they are now."""
     view = _View(procfs.processes())
-    rows = _rows(view)
+    processes = view.processes if pids is None else view.involved(pids)
+    rows = _rows(processes)
     by_token: dict[bytes, list[Row]] = {}
     for row in rows:
         if any(row.token):
@@ -333,7 +350,9 @@ def connections(*, include_kernel: bool) -> tuple[Connection, ...]:
         if include_kernel or row.state != RowState.KERNEL:
             found.append(connection)
     if include_kernel:
-        found.extend(_kernel_connections(view, known, refused))
+        found.extend(_kernel_connections(view, processes, known, refused))
+    if pids is not None:
+        found = [each for each in found if each.pid in pids]
     return tuple(sorted(found, key=lambda each: (each.pid, each.fd)))
 
 

@@ -126,9 +126,9 @@ def look(pid: int) -> Running:
         raise CommandFailed(f"there is no process {pid}")
     process = procfs.process(pid)
     try:
+        executable = os.readlink(f"/proc/{pid}/exe")
         if process is None:
             raise PermissionError
-        executable = os.readlink(f"/proc/{pid}/exe")
         return Running(
             process,
             executable,
@@ -443,7 +443,8 @@ def check(pid: int, *, peer: int | None = None) -> list[Check]:
     running = [look(pid)] if peer is None else [look(pid), look(peer)]
     connections: tuple[Connection, ...] = ()
     if any(each.library is not None for each in running):
-        connections = ss.connections(include_kernel=True)
+        pids = {each.pid for each in running}
+        connections = ss.connections(include_kernel=True, pids=pids)
     found = [check for each in running for check in _checks(each, connections)]
     if len(running) == 2:
         found += _pair(running[0], running[1], connections)

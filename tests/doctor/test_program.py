@@ -70,7 +70,9 @@ def test_java_shows_when_it_runs() -> None:
     assert "kmap doctor PID" in _of(checks, "system calls").remedy
 
 
-@pytest.mark.parametrize(("source", "static"), [("dial.go", False), ("alone.go", True)])
+@pytest.mark.parametrize(
+    ("source", "static"), [("listen.go", False), ("alone.go", True)]
+)
 def test_go(source: str, static: bool, tmp_path: Path) -> None:
     go = find_program("go")
     path = tmp_path / "program"
