@@ -27,7 +27,7 @@ UNNAMED_LINK = "/dev/shm/#"
 _SOCKET_LINK = re.compile(r"socket:\[(\d+)\]")
 
 # The smallest limit of which the library takes a few numbers.
-_INSIDE_LEAST = 1024
+INSIDE_LEAST = 1024
 
 # Numbers of include/net/tcp_states.h that matter here.
 ESTABLISHED = 0x01
@@ -121,7 +121,7 @@ def _cannot_hide(pid: int) -> bool:
         soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     except OSError:
         return False
-    return soft == hard < _INSIDE_LEAST
+    return soft == hard < INSIDE_LEAST
 
 
 def open_statistics(pid: int) -> tuple[StatisticsFile, ...]:

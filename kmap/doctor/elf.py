@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -150,11 +151,16 @@ def _read(path: str, stream: Any) -> Elf:
     )
 
 
+def open_now(path: str, flags: int) -> int:
+    """An opener that does not wait for somebody at the other end of a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 @cache
 def read(path: str) -> Elf:
     """Reads the file; raises NotElf, or CommandFailed if it cannot be opened."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_now) as file:
             if file.read(len(_MAGIC)) != _MAGIC:
                 raise NotElf(f"{path}: not an ELF file")
             stream = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

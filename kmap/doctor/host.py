@@ -17,7 +17,7 @@ import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from kmap import native
+from kmap import native, procfs
 from kmap.doctor.check import Check, Subject
 from kmap.doctor.preloading import installed, trial
 from kmap.render import byte_count
@@ -42,7 +42,6 @@ _NLMSG_ERROR = 2
 _DIAG_UID = 16 + 64
 
 _MAPPINGS_FEW = 8192
-_INSIDE_LEAST = 1024
 
 
 def _error(error: OSError) -> str:
@@ -257,7 +256,7 @@ def descriptors(limits: tuple[int, int], subject: Subject) -> Check:
         "leave the hard limit above the soft one: ulimit -Sn and -Hn, LimitNOFILE="
         "SOFT:HARD of systemd, --ulimit nofile=SOFT:HARD of docker"
     )
-    if soft != unlimited and soft < _INSIDE_LEAST:
+    if soft != unlimited and soft < procfs.INSIDE_LEAST:
         return subject.cannot(
             name,
             f"soft limit = hard limit = {soft}: no room for the library's own",

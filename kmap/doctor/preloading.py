@@ -38,12 +38,19 @@ def remedies(reasons: Iterable[str]) -> str:
     return "; ".join(_REMEDIES[name] for name in reasons if name in _REMEDIES)
 
 
-def _closed_part(path: Path) -> Path | None:
-    """The first part of path that other users may not pass or read."""
-    for part in [*reversed(path.parents), path]:
-        needed = stat.S_IROTH if part == path else stat.S_IXOTH
-        if not part.stat().st_mode & needed:
-            return part
+def closed_part(path: str, *, root: str = "", uid: int | None = None) -> str | None:
+    """The first part of path, below root, that uid may not pass or read.
+
+    Without uid, that some user may not.  Groups are left out of account.
+    """
+    whole = Path(path)
+    for part in [*reversed(whole.parents), whole]:
+        status = os.stat(f"{root}{part}")
+        bit = stat.S_IROTH if part == whole else stat.S_IXOTH
+        if uid == status.st_uid:
+            bit <<= 6
+        if not status.st_mode & bit and uid != 0:
+            return str(part)
     return None
 
 
@@ -56,16 +63,23 @@ def installed(subject: Subject) -> Check:
         env = launch.environment(launch.without_kmap(os.environ))
     except CannotRun as error:
         return subject.cannot(name, str(error), "pip install . in the source tree")
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", "print(open('/proc/self/maps').read())"],
-        env=env,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-        timeout=_TIMEOUT_S,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", "print(open('/proc/self/maps').read())"],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return subject.cannot(
+            name,
+            f"{sys.executable} did not end in {_TIMEOUT_S} s with {path}",
+            "report it, with the output of kmap run --log debug -- python3 -c pass",
+        )
     if str(path) not in done.stdout:
         said = done.stderr.strip().splitlines()
         return subject.cannot(
@@ -77,7 +91,7 @@ def installed(subject: Subject) -> Check:
             + " says more; install the package with the "
             "compiler and the libc of this system",
         )
-    closed = _closed_part(path)
+    closed = closed_part(str(path))
     if closed is not None:
         return subject.limited(
             name,

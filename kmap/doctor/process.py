@@ -22,7 +22,7 @@ from kmap.doctor import elf, envoy, host
 from kmap.doctor.check import Check, Subject
 from kmap.doctor.elf import Elf, NotElf
 from kmap.doctor.libraries import Libraries, preload, read_all
-from kmap.doctor.preloading import remedies
+from kmap.doctor.preloading import closed_part, remedies
 from kmap.doctor.program import calls, glibc, linking, malloc
 from kmap.native import PRELOAD_NAME
 from kmap.policy.rules import INLINE
@@ -33,6 +33,7 @@ _AT_SECURE = 23
 _IO_URING_LINK = "anon_inode:[io_uring]"
 _DELETED = " (deleted)"
 _TOP_REASONS = 3
+_POLICY_MOST = 64 * 1024 + 1
 # A connection with one of these is where it belongs.
 _HARMLESS = frozenset({"", "not-hot", "peer-remote", "half-closed"})
 
@@ -58,6 +59,12 @@ class Running:
     def pid(self) -> int:
         """Its number."""
         return self.process.pid
+
+    @property
+    def user(self) -> int:
+        """Its effective user id, as this command sees it."""
+        match = re.search(r"^Uid:\s*\d+\s+(\d+)", self.status, re.MULTILINE)
+        return int(match[1]) if match else 0
 
     @property
     def subject(self) -> Subject:
@@ -149,9 +156,8 @@ def look(pid: int) -> Running:
 
 
 def _program(running: Running) -> Check:
-    user = re.search(r"^Uid:\s*\d+\s+(\d+)", running.status, re.MULTILINE)
     children = procfs.children(running.pid)
-    found = running.executable + (f", user {user[1]}" if user else "")
+    found = f"{running.executable}, user {running.user}"
     if children:
         some = ", ".join(map(str, children[:4])) + (", ..." if children[4:] else "")
         found += f"; its children {some} are processes of their own"
@@ -211,12 +217,15 @@ def _not_there(running: Running) -> Check:
             f"{running.binary.machine}",
             f"build the library for {running.binary.machine}",
         )
-    if not os.stat(running.inside(path)).st_mode & 0o004:
-        return subject.cannot(
-            "library",
-            f"not loaded: {path} is closed to other users",
-            f"chmod o+r {path}, and start it again",
-        )
+    with contextlib.suppress(OSError):
+        root = running.inside("")
+        if closed := closed_part(path, root=root, uid=running.user):
+            return subject.cannot(
+                "library",
+                f"not loaded: {path}: user {running.user} cannot reach it, {closed} is "
+                "closed to others",
+                f"chmod o+rx {closed}, or put the library elsewhere; then start it",
+            )
     return _start_again(
         f"not loaded, and LD_PRELOAD names {path}: its standard error has a line of "
         "the loader that says why, or the file came later",
@@ -259,8 +268,9 @@ def _policy_fault(running: Running, value: str) -> str | None:
     else:
         base = os.path.join(os.readlink(f"/proc/{running.pid}/cwd"), value)
         try:
-            with open(running.inside(base), "rb") as file:
-                raw = file.read()
+            with open(running.inside(base), "rb", opener=elf.open_now) as file:
+                # More than the library reads, so that it says so.
+                raw = file.read(_POLICY_MOST)
         except OSError as error:
             return error.strerror or str(error)
     fault = native.policy_error(raw)

@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.builds import ROOT
 from tests.cli.peers import KMAP
 
+DOCUMENT = (ROOT / "docs" / "doctor.md").read_text()
 PROGRAMS = Path(__file__).parent / "programs"
 
 # A limit that says ok, whatever this machine has.
@@ -77,7 +79,8 @@ def diagnose(
     assert document["state"] == worst
     assert document["ok"] == (worst != "cannot")
     assert done.returncode == (1 if worst == "cannot" else 0)
-    for found in checks.values():
+    for (_, name), found in checks.items():
+        assert f"| `{name}` |" in DOCUMENT or f"`{name}`, `" in DOCUMENT, name
         assert found.found
         assert found.remedy or found.state == "ok"
     return Diagnosis(done.returncode, worst, checks)

@@ -222,6 +222,24 @@ def test_what_the_loader_refuses(
     assert word in refusal(pid).found
 
 
+def test_a_library_out_of_reach(
+    begin: Begin, kernel_env: dict[str, str], public_path: Path
+) -> None:
+    """Root reads it, and the user that the program runs as does not."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can start programs of other users")
+    closed = public_path / "closed"
+    closed.mkdir(0o700)
+    library = closed / native.PRELOAD_NAME
+    shutil.copy(native.preload_path(), library)
+    env = {**kernel_env, "LD_PRELOAD": str(library)}
+    command = ["sh", "-c", "echo ready; read line"]
+    options = {"user": "www-data", "group": "www-data", "extra_groups": []}
+    pid = begin(command, env, stderr=subprocess.DEVNULL, **options)
+    assert f"{closed} is closed to others" in refusal(pid).found
+    assert checks(begin(command, env))["library"].state is State.OK
+
+
 def test_a_library_in_another_root(
     begin: Begin, kmap_env: dict[str, str], tmp_path: Path
 ) -> None:

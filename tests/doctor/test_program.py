@@ -286,6 +286,12 @@ def test_envoy(kernel_env: dict[str, str], tmp_path: Path) -> None:
     assert "io_uring_options" in found.of("envoy")["io_uring"].remedy
 
 
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(elf.NotElf, match="not an ELF file"):
+        elf.read(str(tmp_path / "pipe"))
+
+
 def test_damaged_files(tmp_path: Path) -> None:
     """Whatever is in a file, it is read or refused, and in no time."""
     whole = _compile(tmp_path / "whole", _MAIN).read_bytes()
