@@ -14,10 +14,11 @@ import resource
 import secrets
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from kmap import native, procfs
+from kmap import settings as values
 from kmap.doctor.check import Check, Subject
 from kmap.doctor.preloading import installed, trial
 from kmap.render import byte_count
@@ -365,16 +366,36 @@ def _ptrace() -> Check:
     )
 
 
-def _settings() -> Check:
-    """What programs started from here would inherit."""
+def settings(environment: Mapping[str, str], subject: Subject) -> Check:
+    """What the library makes of the settings in environment, but for the policy."""
     name = "settings"
     known = [option.env for option in native.options()]
-    given = [f"{key}={os.environ[key]}" for key in known if key in os.environ]
-    if os.environ.get("KMAP_DISABLE") == "1":
-        return HOST.cannot(
-            name, "KMAP_DISABLE=1: every call is forwarded", "unset KMAP_DISABLE"
+    given = {key: environment[key] for key in known if key in environment}
+    if given.get("KMAP_DISABLE") == "1":
+        return subject.cannot(
+            name,
+            "KMAP_DISABLE=1: every call is forwarded",
+            "start the program without KMAP_DISABLE",
         )
-    return HOST.ok(name, ", ".join(given) if given else "all at their defaults")
+    faults = []
+    for key, value in given.items():
+        try:
+            values.check(key, value)
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        return subject.limited(
+            name,
+            "; ".join(faults) + "; the library uses its default",
+            "correct it, and start the program again",
+        )
+    words = [f"{key}={value}" for key, value in given.items()]
+    return subject.ok(name, "; ".join(words) or "all at their defaults")
+
+
+def _settings() -> Check:
+    """What programs started from here would inherit."""
+    return settings(os.environ, HOST)
 
 
 _CHECKS: tuple[Callable[[], Check], ...] = (

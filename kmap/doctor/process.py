@@ -278,32 +278,17 @@ def _policy_fault(running: Running, value: str) -> str | None:
 
 
 def _settings(running: Running) -> Check:
-    subject = running.subject
-    known = [option.env for option in native.options()]
-    given = [
-        f"{name}={running.environment[name]}"
-        for name in known
-        if name in running.environment
-    ]
-    if running.environment.get("KMAP_DISABLE") == "1":
-        return subject.cannot(
-            "settings",
-            "KMAP_DISABLE=1: every call is forwarded",
-            "start it again without KMAP_DISABLE",
-        )
     policy = running.environment.get("KMAP_POLICY")
     if policy:
         with contextlib.suppress(OSError):
             if fault := _policy_fault(running, policy):
-                return subject.cannot(
+                return running.subject.cannot(
                     "settings",
                     f"KMAP_POLICY: {fault}: no connection is upgraded",
                     "kmap policy --rules FILE checks a file; correct it, and start the "
                     "program again",
                 )
-    return subject.ok(
-        "settings", "; ".join(given) if given else "all at their defaults"
-    )
+    return host.settings(running.environment, running.subject)
 
 
 def _limits(running: Running) -> Check | None:

@@ -146,9 +146,8 @@ def test_two_network_namespaces(begin: Begin, kmap_env: dict[str, str]) -> None:
 
 
 def test_two_transports(begin: Begin, kmap_env: dict[str, str]) -> None:
-    # The name is not one that the library has: it says so and uses its default.
-    other = {**kmap_env, "KMAP_TRANSPORT": "other"}
-    pair = begin(python(), kmap_env), begin(python(), other, stderr=subprocess.DEVNULL)
+    other = {**kmap_env, "KMAP_TRANSPORT": "pipe"}
+    pair = begin(python(), kmap_env), begin(python(), other)
     found = {check.name: check for check in process.check(pair[0], peer=pair[1])}
     assert found["transport"].state is State.CANNOT
 
@@ -293,6 +292,15 @@ def test_settings(
     assert _not_ok(found) == {"settings"}
     assert word in found["settings"].found
     assert found["settings"].state is State.CANNOT
+
+
+def test_a_setting_out_of_range(begin: Begin, kmap_env: dict[str, str]) -> None:
+    settings = {"KMAP_RING_SIZE": "1"}
+    pid = begin(python(), kmap_env | settings, stderr=subprocess.DEVNULL)
+    found = checks(pid)
+    assert _not_ok(found) == {"settings"}
+    assert "KMAP_RING_SIZE=1" in found["settings"].found
+    assert found["settings"].state is State.LIMITED
 
 
 def test_good_settings(begin: Begin, kmap_env: dict[str, str], tmp_path: Path) -> None:
