@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -35,6 +36,7 @@ def test_a_host_that_can(kernel_env: dict[str, str]) -> None:
     ("call", "check", "reason"),
     [
         ("memfd_create", "shared memory", "syscall-failed"),
+        (f"fcntl:{fcntl.F_ADD_SEALS}", "shared memory", "syscall-failed"),
         ("bind", "rendezvous", None),
         ("recvmsg", "rendezvous", None),
         ("sendto", "sock_diag", None),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """filtered.py CALLS COMMAND...: becomes COMMAND where CALLS (commas) answer EPERM.
 
+A call may be NAME:NUMBER, which is refused with that second argument alone.
 COMMAND - is to wait for the end of standard input after printing "ready".
 """
 
@@ -17,7 +18,9 @@ def main() -> None:
     """Installs the filter, which exec keeps."""
     made = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
     for call in sys.argv[1].split(","):
-        made.add_rule(pyseccomp.ERRNO(errno.EPERM), call)
+        name, _, second = call.partition(":")
+        arguments = [pyseccomp.Arg(1, pyseccomp.EQ, int(second))] if second else []
+        made.add_rule(pyseccomp.ERRNO(errno.EPERM), name, *arguments)
     made.load()
     if sys.argv[2] != "-":
         os.execvp(sys.argv[2], sys.argv[2:])
