@@ -59,7 +59,8 @@ def without_kmap(base_env: Mapping[str, str]) -> dict[str, str]:
     kept = [
         entry
         for entry in re.split(r"[\s:]+", env.pop("LD_PRELOAD", ""))
-        if entry and entry.rsplit("/", 1)[-1] != native.PRELOAD_NAME
+        if entry
+        and entry.rsplit("/", 1)[-1] not in (native.PRELOAD_NAME, native.MUSL_NAME)
     ]
     if kept:
         env["LD_PRELOAD"] = ":".join(kept)

@@ -26,6 +26,7 @@ POLICY_ERROR = 256
 
 LIBRARY_NAME = "libkmap.so"
 PRELOAD_NAME = "libkmap_preload.so"
+MUSL_NAME = "libkmap_preload-musl.so"
 BENCH_NAME = "kmap-bench"
 
 ChannelPointer = ctypes.c_void_p
@@ -175,7 +176,13 @@ class Named:
     meaning: str
 
 
-def _library_path(name: str) -> Path:
+_REMEDY = (
+    "install the package with 'pip install .', or set KMAP_LIB_DIR to the directory of "
+    "a build"
+)
+
+
+def _library_path(name: str, remedy: str = _REMEDY) -> Path:
     override = os.environ.get("KMAP_LIB_DIR")
     if override:
         candidates = [Path(override) / name]
@@ -189,10 +196,7 @@ def _library_path(name: str) -> Path:
     for path in candidates:
         if path.is_file():
             return path.resolve()
-    raise CannotRun(
-        f"{candidates[0]} does not exist: install the package with 'pip install .', or "
-        "set KMAP_LIB_DIR to the directory of a build"
-    )
+    raise CannotRun(f"{candidates[0]} does not exist: {remedy}")
 
 
 def library_path() -> Path:
@@ -203,6 +207,15 @@ def library_path() -> Path:
 def preload_path() -> Path:
     """Where libkmap_preload.so is; raises CannotRun when it is not installed."""
     return _library_path(PRELOAD_NAME)
+
+
+def musl_path() -> Path:
+    """Where the preload library for musl is; raises CannotRun when it was not built."""
+    return _library_path(
+        MUSL_NAME,
+        "it is built where musl-gcc is found; install Debian's musl-tools and then the "
+        "package again",
+    )
 
 
 def bench_path() -> Path:

@@ -10,6 +10,12 @@
 #define km_unlikely(x) __builtin_expect(!!(x), 0)
 
 #define KM_EXPORT __attribute__((visibility("default")))
+/* Of names that only glibc has: a program on musl must not find them either. */
+#ifdef KM_MUSL
+#define KM_EXPORT_GLIBC __attribute__((visibility("hidden")))
+#else
+#define KM_EXPORT_GLIBC KM_EXPORT
+#endif
 #define KM_COLD __attribute__((cold, noinline))
 #define KM_ALONE __attribute__((noinline))
 #define KM_INLINE static inline __attribute__((always_inline))

@@ -5,9 +5,10 @@
  * An older glibc lacks some of the calls.  The library exports their names all the same,
  * and a program that asks the loader for one finds it: such calls are made by number.
  *
- * On musl the library forwards every call: what it knows of the inside of streams,
- * signals and fork is glibc's.  musl's loader preloads a library made for glibc, and
- * ends the program when it does not find a name that the library needs.
+ * A library made for one libc and preloaded in a program on the other forwards every
+ * call: streams, messages and fork differ inside.  musl's loader takes one that was made
+ * for glibc, and ends the program when it does not find a name that the library needs;
+ * glibc's takes one that was made for musl, because that names no libc that it needs.
  */
 #include <dlfcn.h>
 #include <errno.h>
@@ -16,6 +17,12 @@
 
 #ifndef SYS_epoll_pwait2
 #define SYS_epoll_pwait2 441
+#endif
+
+#ifdef KM_MUSL
+#define MADE_FOR_GLIBC 0
+#else
+#define MADE_FOR_GLIBC 1
 #endif
 
 static long answer(long n)
@@ -62,7 +69,7 @@ void km_resolve_missing(void)
 	int saved = errno;
 
 	/* musl knows no such name, and says so by errno. */
-	if (confstr(_CS_GNU_LIBC_VERSION, NULL, 0) == 0)
+	if ((confstr(_CS_GNU_LIBC_VERSION, NULL, 0) != 0) != MADE_FOR_GLIBC)
 		km_proc.disabled = true;
 	errno = saved;
 #define X(name, ...) missing |= !real->name;

@@ -185,12 +185,12 @@ KM_EXPORT int poll(struct pollfd *fds, nfds_t n, int timeout)
 	return (int)km_result(km_poll(fds, n, ms_to_ns(timeout), NULL));
 }
 
-KM_EXPORT int __poll(struct pollfd *fds, nfds_t n, int timeout)
+KM_EXPORT_GLIBC int __poll(struct pollfd *fds, nfds_t n, int timeout)
 {
 	return poll(fds, n, timeout);
 }
 
-KM_EXPORT int __poll_chk(struct pollfd *fds, nfds_t n, int timeout, size_t room)
+KM_EXPORT_GLIBC int __poll_chk(struct pollfd *fds, nfds_t n, int timeout, size_t room)
 {
 	if (room / sizeof(*fds) < n)
 		return KM_REAL(__poll_chk)(fds, n, timeout, room);
@@ -207,8 +207,9 @@ KM_EXPORT int ppoll(struct pollfd *fds, nfds_t n, const struct timespec *timeout
 	return (int)km_result(km_poll(fds, n, ns, mask));
 }
 
-KM_EXPORT int __ppoll_chk(struct pollfd *fds, nfds_t n, const struct timespec *timeout,
-			  const sigset_t *mask, size_t room)
+KM_EXPORT_GLIBC int __ppoll_chk(struct pollfd *fds, nfds_t n,
+				const struct timespec *timeout, const sigset_t *mask,
+				size_t room)
 {
 	if (room / sizeof(*fds) < n)
 		return KM_REAL(__ppoll_chk)(fds, n, timeout, mask, room);
@@ -344,7 +345,8 @@ KM_EXPORT int select(int n, fd_set *restrict r, fd_set *restrict w, fd_set *rest
 	return (int)km_result(result);
 }
 
-KM_EXPORT int __select(int n, fd_set *r, fd_set *w, fd_set *e, struct timeval *timeout)
+KM_EXPORT_GLIBC int __select(int n, fd_set *r, fd_set *w, fd_set *e,
+			     struct timeval *timeout)
 {
 	return select(n, r, w, e, timeout);
 }

@@ -57,7 +57,7 @@ KM_EXPORT int close(int fd)
 	return km_entry_close(fd);
 }
 
-KM_EXPORT int __close(int fd)
+KM_EXPORT_GLIBC int __close(int fd)
 {
 	return km_entry_close(fd);
 }
@@ -195,7 +195,7 @@ KM_EXPORT int dup2(int from, int to)
 	return km_entry_dup2(from, to, 0, false);
 }
 
-KM_EXPORT int __dup2(int from, int to)
+KM_EXPORT_GLIBC int __dup2(int from, int to)
 {
 	return km_entry_dup2(from, to, 0, false);
 }

@@ -56,12 +56,12 @@ KM_EXPORT ssize_t read(int fd, void *buf, size_t n_)
 		     n_ ? RECV(fd, ONE(buf, n_), 1, 0) : 0);
 }
 
-KM_EXPORT ssize_t __read(int fd, void *buf, size_t n_)
+KM_EXPORT_GLIBC ssize_t __read(int fd, void *buf, size_t n_)
 {
 	return read(fd, buf, n_);
 }
 
-KM_EXPORT ssize_t __read_chk(int fd, void *buf, size_t n_, size_t room)
+KM_EXPORT_GLIBC ssize_t __read_chk(int fd, void *buf, size_t n_, size_t room)
 {
 	KM_DATA_CALL(fd, KM_IN, KM_REAL(__read_chk)(fd, buf, n_, room),
 		     n_ > room ? KM_REAL(__read_chk)(fd, buf, n_, room)
@@ -74,7 +74,7 @@ KM_EXPORT ssize_t write(int fd, const void *buf, size_t n_)
 		     SEND(fd, ONE(buf, n_), 1, 0));
 }
 
-KM_EXPORT ssize_t __write(int fd, const void *buf, size_t n_)
+KM_EXPORT_GLIBC ssize_t __write(int fd, const void *buf, size_t n_)
 {
 	return write(fd, buf, n_);
 }
@@ -165,7 +165,7 @@ KM_EXPORT ssize_t recv(int fd, void *buf, size_t n_, int flags)
 		     RECV(fd, ONE(buf, n_), 1, flags));
 }
 
-KM_EXPORT ssize_t __recv_chk(int fd, void *buf, size_t n_, size_t room, int flags)
+KM_EXPORT_GLIBC ssize_t __recv_chk(int fd, void *buf, size_t n_, size_t room, int flags)
 {
 	KM_DATA_CALL(fd, KM_IN, KM_REAL(__recv_chk)(fd, buf, n_, room, flags),
 		     n_ > room ? KM_REAL(__recv_chk)(fd, buf, n_, room, flags)
@@ -196,9 +196,10 @@ KM_EXPORT ssize_t recvfrom(int fd, void *restrict buf, size_t n_, int flags,
 		     receive_from(f, fd, buf, n_, flags, addr, len));
 }
 
-KM_EXPORT ssize_t __recvfrom_chk(int fd, void *restrict buf, size_t n_, size_t room,
-				 int flags, struct sockaddr *restrict addr,
-				 socklen_t *restrict len)
+KM_EXPORT_GLIBC ssize_t __recvfrom_chk(int fd, void *restrict buf, size_t n_,
+				       size_t room, int flags,
+				       struct sockaddr *restrict addr,
+				       socklen_t *restrict len)
 {
 	if (n_ > room)
 		return KM_REAL(__recvfrom_chk)(fd, buf, n_, room, flags, addr, len);
@@ -211,7 +212,7 @@ static int message_out(struct msghdr *msg, int flags)
 	/* Stores of the width that whoever reads them next uses: others would have to
 	 * reach the cache first. */
 	const socklen_t no_name = 0;
-	const size_t no_control = 0;
+	const __typeof__(msg->msg_controllen) no_control = 0;
 
 	if ((msg->msg_name &&
 	     km_copy_out(&msg->msg_namelen, &no_name, sizeof(no_name)) < 0) ||
@@ -219,6 +220,30 @@ static int message_out(struct msghdr *msg, int flags)
 	    km_copy_out(&msg->msg_controllen, &no_control, sizeof(no_control)) < 0)
 		return -EFAULT;
 	return 0;
+}
+
+/* The program's own message, by the kernel.  musl's has holes where the kernel's has the
+ * upper halves of its lengths, and only its own calls fill them. */
+static ssize_t kernel_recvmsg(int fd, struct msghdr *msg, int flags)
+{
+#ifdef KM_MUSL
+	ssize_t n = KM_REAL(recvmsg)(fd, msg, flags);
+
+	return n < 0 ? -errno : n;
+#else
+	return km_sys_recvmsg(fd, msg, flags);
+#endif
+}
+
+static ssize_t kernel_sendmsg(int fd, const struct msghdr *msg, int flags)
+{
+#ifdef KM_MUSL
+	ssize_t n = KM_REAL(sendmsg)(fd, msg, flags);
+
+	return n < 0 ? -errno : n;
+#else
+	return km_sys_sendmsg(fd, msg, flags);
+#endif
 }
 
 static ssize_t receive_message(struct km_file *f, int fd, struct msghdr *msg, int flags)
@@ -229,10 +254,10 @@ static ssize_t receive_message(struct km_file *f, int fd, struct msghdr *msg, in
 		return -EFAULT;
 	if (km_unlikely(msg->msg_iovlen > IOV_MAX ||
 			iov_is_invalid(msg->msg_iov, (int)msg->msg_iovlen)))
-		return km_sys_recvmsg(fd, msg, flags);
+		return kernel_recvmsg(fd, msg, flags);
 	/* Control data comes by the kernel alone: times, and how much is left. */
 	if ((flags & MSG_ERRQUEUE) || (msg->msg_controllen && km_stream_by_kernel(f)))
-		return km_sys_recvmsg(fd, msg, flags);
+		return kernel_recvmsg(fd, msg, flags);
 	n = RECV(fd, msg->msg_iov, (int)msg->msg_iovlen, flags);
 	if (n >= 0 && message_out(msg, flags & MSG_CMSG_CLOEXEC) < 0)
 		return -EFAULT;
@@ -278,7 +303,7 @@ KM_EXPORT ssize_t send(int fd, const void *buf, size_t n_, int flags)
 		     SEND(fd, ONE(buf, n_), 1, flags));
 }
 
-KM_EXPORT ssize_t __send(int fd, const void *buf, size_t n_, int flags)
+KM_EXPORT_GLIBC ssize_t __send(int fd, const void *buf, size_t n_, int flags)
 {
 	return send(fd, buf, n_, flags);
 }
@@ -334,14 +359,14 @@ static ssize_t send_message(struct km_file *f, int fd, const struct msghdr *msg,
 		return -EFAULT;
 	if (km_unlikely(msg->msg_iovlen > IOV_MAX ||
 			iov_is_invalid(msg->msg_iov, (int)msg->msg_iovlen)))
-		return km_sys_sendmsg(fd, msg, flags);
+		return kernel_sendmsg(fd, msg, flags);
 	if (km_unlikely(msg->msg_controllen)) {
 		/* The kernel judges control data; none that it takes changes what a
 		 * ring does. */
 		struct msghdr control = *msg;
 
 		control.msg_iovlen = 0;
-		err = km_sys_sendmsg(fd, &control, flags | MSG_DONTWAIT);
+		err = kernel_sendmsg(fd, &control, flags | MSG_DONTWAIT);
 		if (err < 0)
 			return err;
 	}
@@ -442,8 +467,8 @@ static int receive_many(struct km_file *f, int fd, struct mmsghdr *msgs, unsigne
 	return n;
 }
 
-KM_EXPORT int recvmmsg(int fd, struct mmsghdr *msgs, unsigned count, int flags,
-		       struct timespec *timeout)
+KM_EXPORT int recvmmsg(int fd, struct mmsghdr *msgs, unsigned count,
+		       km_mmsg_flags flags, struct timespec *timeout)
 {
 	struct km_file *f = km_file_of(fd);
 
@@ -458,7 +483,8 @@ KM_EXPORT int recvmmsg(int fd, struct mmsghdr *msgs, unsigned count, int flags,
 	return receive_many(f, fd, msgs, count, flags, timeout);
 }
 
-KM_EXPORT int sendmmsg(int fd, struct mmsghdr *msgs, unsigned count, int flags)
+KM_EXPORT int sendmmsg(int fd, struct mmsghdr *msgs, unsigned count,
+		       km_mmsg_flags flags)
 {
 	struct km_file *f = km_file_of(fd);
 	int saved = errno;

@@ -20,7 +20,7 @@ KM_EXPORT pid_t fork(void)
 	return pid;
 }
 
-KM_EXPORT pid_t __fork(void)
+KM_EXPORT_GLIBC pid_t __fork(void)
 {
 	return fork();
 }
@@ -72,13 +72,14 @@ KM_EXPORT int sigaction(int sig, const struct sigaction *restrict act,
 	return err;
 }
 
-KM_EXPORT int __sigaction(int sig, const struct sigaction *act, struct sigaction *old)
+KM_EXPORT_GLIBC int __sigaction(int sig, const struct sigaction *act,
+				struct sigaction *old)
 {
 	return sigaction(sig, act, old);
 }
 
-#define HANDLER_CALL(name)                                                             \
-	KM_EXPORT sighandler_t name(int sig, sighandler_t handler)                     \
+#define HANDLER_CALL(export, name)                                                     \
+	export sighandler_t name(int sig, sighandler_t handler)                        \
 	{                                                                              \
 		struct km_action before;                                               \
 		bool kept = km_fault_recall(sig, &before);                             \
@@ -91,12 +92,12 @@ KM_EXPORT int __sigaction(int sig, const struct sigaction *act, struct sigaction
 			       : old;                                                  \
 	}
 
-HANDLER_CALL(signal)
-HANDLER_CALL(bsd_signal)
-HANDLER_CALL(ssignal)
-HANDLER_CALL(sysv_signal)
-HANDLER_CALL(__sysv_signal)
-HANDLER_CALL(sigset)
+HANDLER_CALL(KM_EXPORT, signal)
+HANDLER_CALL(KM_EXPORT, bsd_signal)
+HANDLER_CALL(KM_EXPORT_GLIBC, ssignal)
+HANDLER_CALL(KM_EXPORT_GLIBC, sysv_signal)
+HANDLER_CALL(KM_EXPORT, __sysv_signal)
+HANDLER_CALL(KM_EXPORT, sigset)
 
 KM_EXPORT int sigignore(int sig)
 {

@@ -67,7 +67,7 @@ KM_EXPORT int connect(int fd, const struct sockaddr *addr, socklen_t len)
 	return err;
 }
 
-KM_EXPORT int __connect(int fd, const struct sockaddr *addr, socklen_t len)
+KM_EXPORT_GLIBC int __connect(int fd, const struct sockaddr *addr, socklen_t len)
 {
 	return connect(fd, addr, len);
 }
@@ -303,7 +303,7 @@ int km_entry_ioctl(int fd, unsigned long request, void *arg)
 	return err;
 }
 
-KM_EXPORT int ioctl(int fd, unsigned long request, ...)
+KM_EXPORT int ioctl(int fd, km_ioctl_request request, ...)
 {
 	va_list args;
 	void *arg;
@@ -370,7 +370,7 @@ KM_EXPORT int fcntl64(int fd, int cmd, ...)
 	return km_entry_fcntl(fd, cmd, arg);
 }
 
-KM_EXPORT int __fcntl(int fd, int cmd, ...)
+KM_EXPORT_GLIBC int __fcntl(int fd, int cmd, ...)
 {
 	va_list args;
 	void *arg;

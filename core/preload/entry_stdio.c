@@ -39,6 +39,25 @@ static int cookie_close(void *cookie)
 	return km_entry_close(cookie_fd(cookie));
 }
 
+/* What fileno() answers; libc uses it for nothing else on such a stream. */
+static void give_number(FILE *stream, int fd)
+{
+#ifdef KM_MUSL
+	/* Where it has been in all versions of musl, on machines of 64 bits; -1 on a
+	 * stream without one.  Elsewhere the stream has no number. */
+	const size_t place = 120;
+	int *number = (int *)(void *)((char *)stream + place);
+
+	if (*number != -1)
+		return;
+	*number = fd;
+	if (fileno_unlocked(stream) != fd)
+		*number = -1;
+#else
+	stream->_fileno = fd;
+#endif
+}
+
 KM_EXPORT FILE *fdopen(int fd, const char *mode)
 {
 	static const cookie_io_functions_t functions = {
@@ -51,9 +70,8 @@ KM_EXPORT FILE *fdopen(int fd, const char *mode)
 	if (km_likely(!f) || km_load_seq(&f->mode) != KM_MODE_CHANNEL)
 		return KM_REAL(fdopen)(fd, mode);
 	stream = fopencookie((void *)(intptr_t)fd, mode, functions);
-	/* What fileno() answers; libc uses it for nothing else on such a stream. */
 	if (stream)
-		stream->_fileno = fd;
+		give_number(stream, fd);
 	return stream;
 }
 

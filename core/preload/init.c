@@ -69,11 +69,23 @@ void km_thread_cleanup(void)
 	pthread_setspecific(thread_key, &km_thread);
 }
 
+#ifdef KM_MUSL
+static void watch_forks(void)
+{
+	pthread_atfork(km_fork_prepare, km_fork_parent, km_fork_child);
+}
+#else
 /* pthread_atfork, by the name that libc has it under: weak, because musl has none and
  * its loader ends a program for one name that it does not find. */
 extern int __register_atfork(void (*prepare)(void), void (*parent)(void),
 			     void (*child)(void), void *library) __attribute__((weak));
 extern void *__dso_handle __attribute__((visibility("hidden")));
+
+static void watch_forks(void)
+{
+	__register_atfork(km_fork_prepare, km_fork_parent, km_fork_child, __dso_handle);
+}
+#endif
 
 /* Who asked for a log gets it, if need be for one of the program's numbers. */
 static void hide_log(void)
@@ -104,8 +116,7 @@ __attribute__((constructor(101))) static void start(void)
 	km_sys_getrandom(&km_proc.magic, sizeof(km_proc.magic));
 	km_proc.magic |= 0x80000000u;
 	if (!km_proc.disabled) {
-		__register_atfork(km_fork_prepare, km_fork_parent, km_fork_child,
-				  __dso_handle);
+		watch_forks();
 		km_inherit_start();
 	}
 	errno = saved;

@@ -46,6 +46,10 @@ vfork:
 	.globl __vfork
 	.type __vfork, @function
 	.set __vfork, vfork
+#ifdef KM_MUSL
+	/* Of glibc alone. */
+	.hidden __vfork
+#endif
 #elif defined(__aarch64__)
 	.text
 	.globl vfork
@@ -80,5 +84,9 @@ vfork:
 	.globl __vfork
 	.type __vfork, %function
 	.set __vfork, vfork
+#ifdef KM_MUSL
+	/* Of glibc alone. */
+	.hidden __vfork
+#endif
 #endif
 	.section .note.GNU-stack, "", %progbits

@@ -136,7 +136,7 @@ and are correct on connections that are not upgraded.
 | what | then |
 |---|---|
 | stdio's own reads and writes | pinned at fdopen |
-| static programs, Go programs, musl programs, setuid and setcap programs | the library is not there, or forwards everything |
+| static programs, Go programs, setuid and setcap programs | the library is not there, or forwards everything |
 | system calls made inline | on an upgraded connection they act on the kernel's socket: a read finds nothing, a write is a violation for the peer, which resets the connection |
 | io_uring | io_uring_setup through syscall() is answered ENOSYS; libraries that make it inline are not seen |
 """  # noqa: E501
