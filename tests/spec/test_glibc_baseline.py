@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,11 @@ def newer_than_baseline(versions: set[str]) -> set[str]:
     return newer
 
 
-@pytest.mark.parametrize("library", ["library", "preload"])
-def test_needs_no_newer_glibc(library: str) -> None:
-    path = native.library_path() if library == "library" else native.preload_path()
+@pytest.mark.parametrize(
+    "find", [native.library_path, native.preload_path, native.bench_path]
+)
+def test_needs_no_newer_glibc(find: Callable[[], Path]) -> None:
+    path = find()
     versions = required_versions(path)
     assert versions, f"{path} needs no glibc symbols at all: not a build of ours"
     assert newer_than_baseline(versions) == set()
