@@ -198,7 +198,8 @@ static enum km_reason exchange_reason(int err)
 /*
  * Receives the peer's one datagram with up to MOST_FDS descriptors; every
  * descriptor that came is either in fds or closed.  The number of descriptors,
- * -EAGAIN (not there yet), -EPROTO, -ECONNRESET (the peer hung up).
+ * -EAGAIN (not there yet), -EPROTO, -EPROTONOSUPPORT (another version),
+ * -ECONNRESET (the peer hung up).
  */
 static int recv_hello(int sock, struct km_wire_hello *hello, int fds[MOST_FDS])
 {
@@ -210,7 +211,7 @@ static int recv_hello(int sock, struct km_wire_hello *hello, int fds[MOST_FDS])
 			     .msg_control = control,
 			     .msg_controllen = sizeof(control)};
 	ssize_t n = km_sys_recvmsg(sock, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-	int count = 0;
+	int count = 0, err = 0;
 	bool bad = false;
 
 	if (n < 0)
@@ -234,18 +235,19 @@ static int recv_hello(int sock, struct km_wire_hello *hello, int fds[MOST_FDS])
 	}
 	if (n == 0 && count == 0)
 		return -ECONNRESET;
-	if (bad || n != (ssize_t)sizeof(*hello) || hello->magic != KM_HELLO_MAGIC ||
-	    (msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC))) {
-		while (count)
-			km_sys_close(fds[--count]);
-		return -EPROTO;
-	}
-	if (hello->version != KM_WIRE_VERSION) {
-		while (count)
-			km_sys_close(fds[--count]);
-		return -EPROTONOSUPPORT;
-	}
-	return count;
+	/* All versions begin alike; their length, and what comes with them, may differ. */
+	if (n >= (ssize_t)offsetof(struct km_wire_hello, kind) &&
+	    hello->magic == KM_HELLO_MAGIC && hello->version != KM_WIRE_VERSION)
+		err = -EPROTONOSUPPORT;
+	else if (bad || n != (ssize_t)sizeof(*hello) ||
+		 hello->magic != KM_HELLO_MAGIC ||
+		 (msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC)))
+		err = -EPROTO;
+	if (err == 0)
+		return count;
+	while (count)
+		km_sys_close(fds[--count]);
+	return err;
 }
 
 /* -- the channel ------------------------------------------------------------- */

@@ -13,7 +13,10 @@
 #include "base/compiler.h"
 
 #define KM_WIRE_MAGIC 0x31474553504d414bULL /* "KAMPSEG1" in memory */
+/* A test builds a library of another version. */
+#ifndef KM_WIRE_VERSION
 #define KM_WIRE_VERSION 4u
+#endif
 #define KM_WIRE_HEADER 4096u /* bytes before the first ring's data */
 
 /* A ring starts at its first size and grows through at most three levels. */

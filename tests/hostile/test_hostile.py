@@ -268,6 +268,24 @@ def test_refused_hellos(victim: Victim, connects: bool) -> None:
 
 
 @ROLES
+def test_hellos_of_other_versions(victim: Victim, connects: bool) -> None:
+    """Told apart from malformed ones, though a later version may look different."""
+    attempts: list[Attempt] = [
+        _says(version=lies.VERSION + 1),
+        lambda liar: (liar.message(version=9) + b"more" * 100, _proper(liar)),
+        lambda liar: (liar.message(version=9)[:8], []),
+        lambda liar: (liar.message(version=9), [*_proper(liar), os.dup(0)]),
+    ]
+    for count, attempt in enumerate(attempts, 1):
+        with victim.liar(connects=connects) as liar:
+            _tried(liar, *attempt(liar))
+            _by_the_kernel(victim, liar)
+        assert victim.line() == "gone end"
+        assert victim.reason("peer-version") == count
+    assert victim.reason("peer-bad") == 0
+
+
+@ROLES
 def test_a_hello_that_never_completes(victim: Victim, connects: bool) -> None:
     descriptors = victim.descriptors()
     with (
