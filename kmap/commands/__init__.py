@@ -18,4 +18,6 @@ COMMANDS = (
     "trace",
     "bench",
     "stress",
+    "help",
+    "completion",
 )
