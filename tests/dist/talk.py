@@ -38,7 +38,7 @@ def main() -> int:
                     return 1
             maps = Path("/proc/self/maps").read_text()
         thread.join()
-    if "/memfd:kmap" not in maps:
+    if "/memfd:kmap-segment" not in maps:
         print("the connection stayed on the kernel", file=sys.stderr)
         return 1
     print("by ring")

@@ -28,7 +28,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-import pyseccomp  # type: ignore[import-untyped]
+import pyseccomp
 
 ROUNDS = 60
 HALF = 30
