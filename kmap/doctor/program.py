@@ -81,6 +81,7 @@ _NOT_GLIBC = (
     "run a build of it for glibc; as it is it works, and all its connections stay on "
     "the kernel"
 )
+_MUSL = 'start it with LD_PRELOAD="$(kmap path --musl)" instead of kmap run (kmap help musl)'
 _GO = "nothing to be done: it works, and its connections stay on the kernel"
 _NO_LOADER = (
     "link it dynamically; as it is it works, and all its connections stay on the kernel"
@@ -208,8 +209,8 @@ def linking(binary: Elf, subject: Subject) -> Check:
     if is_musl_loader(loader):
         return subject.cannot(
             "loader",
-            f"{loader}: musl, where the library loads and forwards every call",
-            _NOT_GLIBC,
+            f"{loader}: musl, where the library for glibc forwards every call",
+            _MUSL,
         )
     if not is_glibc_loader(loader):
         return subject.cannot("loader", f"{loader}: not glibc's", _NOT_GLIBC)

@@ -34,8 +34,9 @@ def test_the_console_script_is_the_same(kernel_env: dict[str, str]) -> None:
 def test_help_lists_every_command(kernel_env: dict[str, str]) -> None:
     done = kmap("--help", env=kernel_env)
     assert done.returncode == 0
-    for command in COMMANDS:
-        assert f"    {command} " in done.stdout
+    # A long name has its text on the next line.
+    lines = {line.split()[0] for line in done.stdout.splitlines() if line.strip()}
+    assert lines >= set(COMMANDS)
 
 
 @pytest.mark.parametrize("arguments", [(), ("nosuch",), ("ss", "--nosuch")])

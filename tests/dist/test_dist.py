@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import email.message
 import email.parser
+import fcntl
 import os
 import platform
 import re
@@ -26,21 +27,32 @@ from tests.spec.test_glibc_baseline import newer_than_baseline, required_version
 TALK = Path(__file__).parent / "talk.py"
 ELF = b"\x7fELF"
 
+# Both libraries are compiled in it, from nothing.
+pytestmark = pytest.mark.timeout(600)
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built as pip builds it for a user, by a backend that it brings itself."""
-    out = tmp_path_factory.mktemp("wheel")
+    # Workers of pytest-xdist share one, and no build directory of the source tree.
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    out = shared / "wheel"
     env = {name: text for name, text in os.environ.items() if name[:5] != "KMAP_"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet"]
-        + ["--disable-pip-version-check", "--wheel-dir", str(out), str(ROOT)],
-        env=env,
-        cwd=out,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    with (shared / "wheel.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not out.exists():
+            done = subprocess.run(
+                [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet"]
+                + [f"--config-settings=build-dir={shared}/wheel-build"]
+                + ["--disable-pip-version-check", "--wheel-dir", str(out), str(ROOT)],
+                env=env,
+                cwd=shared,
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stderr
     (built,) = out.iterdir()
     return built
 

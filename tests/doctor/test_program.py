@@ -103,7 +103,7 @@ def test_go(source: str, static: bool, tmp_path: Path) -> None:
         ("gcc", ["-static"], "static"),
         ("gcc", ["-static-pie"], "static"),
         ("musl-gcc", ["-static"], "static"),
-        ("musl-gcc", [], "musl, where the library loads and forwards"),
+        ("musl-gcc", [], "musl, where the library for glibc forwards"),
         ("gcc", [], None),
     ],
 )

@@ -18,7 +18,7 @@ from kmap import native, procfs
 from tests.apps.process import PROGRAMS as APPS
 from tests.apps.process import Launch, find_program
 from tests.apps.rings import Rings, rings
-from tests.spec.test_exports import exported
+from tests.spec.test_exports import exported, undefined
 
 PROGRAMS = Path(__file__).parent / "programs"
 FLAGS = ["-O2", "-Wall", "-Wextra", "-Werror", "-D_GNU_SOURCE", "-pthread"]
@@ -118,16 +118,6 @@ def _libc_of_musl() -> Path:
     return next(Path("/lib").glob("ld-musl-*.so.1"))
 
 
-def _undefined(library: Path) -> set[str]:
-    done = subprocess.run(
-        ["nm", "--dynamic", "--undefined-only", "--format=posix", str(library)],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return {line.split()[0] for line in done.stdout.splitlines()}
-
-
 def test_exports_what_musl_has() -> None:
     """All that musl defines is interposed, and nothing that only glibc knows."""
     names = set(native.symbols())
@@ -143,7 +133,7 @@ def test_exports_what_musl_has() -> None:
 
 def test_needs_nothing_but_musl() -> None:
     library = native.musl_path()
-    assert _undefined(library) <= exported(_libc_of_musl())
+    assert undefined(library) <= exported(_libc_of_musl())
     done = subprocess.run(
         ["readelf", "--dynamic", "--wide", str(library)],
         check=True,

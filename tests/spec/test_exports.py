@@ -16,15 +16,24 @@ from kmap import native
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def exported(library: Path) -> set[str]:
-    """The dynamic symbols that the library defines."""
+def _dynamic(library: Path, which: str) -> set[str]:
     done = subprocess.run(
-        ["nm", "--dynamic", "--defined-only", "--format=posix", str(library)],
+        ["nm", "--dynamic", which, "--format=posix", str(library)],
         check=True,
         capture_output=True,
         text=True,
     )
     return {line.split()[0].split("@")[0] for line in done.stdout.splitlines()}
+
+
+def exported(library: Path) -> set[str]:
+    """The dynamic symbols that the library defines."""
+    return _dynamic(library, "--defined-only")
+
+
+def undefined(library: Path) -> set[str]:
+    """Those that others have to define."""
+    return _dynamic(library, "--undefined-only")
 
 
 def test_preload_exports_the_interposed_names() -> None:
