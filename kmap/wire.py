@@ -24,8 +24,8 @@ TABLE_LENGTH = 64
 # magic, version, header_size, row_size, row_count, used_rows, pid, comm
 HEADER = struct.Struct("=QIIIIII16s")
 # state, role, reason, transport, inode, fd, pid, three ports and a pad, three
-# addresses, ring_size, generation, six counts, token
-ROW = struct.Struct("=IIIIQiIHHHH16s16s16sIIQQQQQQ16s")
+# addresses, ring_size, generation, six counts, token, segment
+ROW = struct.Struct("=IIIIQiIHHHH16s16s16sIIQQQQQQ16sQ")
 _TABLE = struct.Struct(f"={TABLE_LENGTH}Q")
 _ATTEMPTS = 3
 
@@ -100,6 +100,8 @@ class Row:
     rx_seen: int
     tx_seen: int
     token: bytes
+    # Its address in the memory of process pid.
+    segment: int
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ class Statistics:
     rows: tuple[Row, ...]
 
 
-def _decode_row(raw: bytes, offset: int, index: int) -> Row | None:
+def decode_row(raw: bytes, offset: int, index: int) -> Row | None:
+    """The row at offset; None if it is free."""
     (
         state,
         role,
@@ -138,6 +141,7 @@ def _decode_row(raw: bytes, offset: int, index: int) -> Row | None:
         rx_seen,
         tx_seen,
         token,
+        segment,
     ) = ROW.unpack_from(raw, offset)
     if state == RowState.FREE:
         return None
@@ -163,6 +167,7 @@ def _decode_row(raw: bytes, offset: int, index: int) -> Row | None:
             rx_seen=rx_seen,
             tx_seen=tx_seen,
             token=token,
+            segment=segment,
         )
     except ValueError as error:
         raise NotStatistics(f"row {index}: {error}") from error
@@ -221,7 +226,7 @@ def read_statistics(fd: int) -> Statistics:
                 break
             again = _read_fully(fd, row_size, header_size + index * row_size)
             if _generation(raw) == _generation(again):
-                row = _decode_row(again, 0, index)
+                row = decode_row(again, 0, index)
                 if row is not None:
                     rows.append(row)
                 break

@@ -71,6 +71,7 @@ static const struct kmap_layout layout[] = {
 	F(km_wire_ring, end),
 	F(km_wire_ring, pflags),
 	F(km_wire_ring, pcpu),
+	F(km_wire_ring, torn),
 	F(km_wire_ring, rpos),
 	F(km_wire_ring, stop),
 	F(km_wire_ring, ccpu),
@@ -121,6 +122,7 @@ static const struct kmap_layout layout[] = {
 	F(km_stats_row, rx_seen),
 	F(km_stats_row, tx_seen),
 	F(km_stats_row, token),
+	F(km_stats_row, segment),
 };
 
 const char *kmap_reason_name(unsigned index)

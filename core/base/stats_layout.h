@@ -7,7 +7,7 @@
  * The memfd exists from a process's first upgrade on.  It starts with one
  * header of KM_STATS_HEADER bytes, then row_count rows of KM_STATS_ROW bytes.
  * Rows beyond the first used_rows were never used.  Only the first 192 bytes
- * of a row are described here; the rest is private to the process.
+ * of a row and KM_STATS_TX_LOCK are described here; the rest is private to the process.
  */
 #ifndef KM_STATS_LAYOUT_H
 #define KM_STATS_LAYOUT_H
@@ -66,6 +66,10 @@ struct km_stats_row {
 	uint64_t rx_seen;	  /* 128 producer position last seen when reading */
 	uint64_t tx_seen;	  /* 136 consumer position last seen when writing */
 	uint8_t token[16];	  /* 144 the same at both ends of a connection */
+	uint64_t segment;	  /* 160 its address in the process that upgraded it */
 };
+
+/* uint32_t at this place in a row: not 0 while a thread may be writing to the ring. */
+#define KM_STATS_TX_LOCK 196u
 
 #endif

@@ -128,7 +128,7 @@ static void let_callers_out(const struct km_file *f)
 	enum km_lock_result how = km_lock(&conn->rx_lock);
 
 	km_unlock(&conn->rx_lock, how);
-	how = km_lock(&conn->tx_lock);
+	how = km_conn_lock_tx(conn);
 	km_unlock(&conn->tx_lock, how);
 }
 
@@ -211,7 +211,7 @@ void km_file_detach(struct km_file *f)
 {
 	struct km_conn *conn = f->conn;
 	enum km_lock_result rx = km_lock(&conn->rx_lock);
-	enum km_lock_result tx = km_lock(&conn->tx_lock);
+	enum km_lock_result tx = km_conn_lock_tx(conn);
 
 	/* After this, whoever holds a stale pointer finds the mode changed under
 	 * the lock and looks the descriptor up again. */

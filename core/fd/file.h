@@ -86,6 +86,17 @@ struct km_conn {
 };
 
 _Static_assert(sizeof(struct km_conn) <= KM_STATS_ROW, "row too small");
+_Static_assert(offsetof(struct km_conn, tx_lock) == KM_STATS_TX_LOCK, "kmap/tap");
+
+/* Takes conn's tx_lock.  What an owner that has died was copying is nobody's any more. */
+KM_INLINE enum km_lock_result km_conn_lock_tx(struct km_conn *conn)
+{
+	enum km_lock_result how = km_lock(&conn->tx_lock);
+
+	if (km_unlikely(how == KM_LOCK_STOLEN && conn->tx.wire))
+		km_ring_torn(&conn->tx, conn->row.ring_size);
+	return how;
+}
 
 /* km_conn.idle_reads: the kernel is to be asked whatever the time. */
 #define KM_ASK_NOW (UINT32_MAX / 2)

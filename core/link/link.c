@@ -324,6 +324,7 @@ static void conn_start(struct km_file *f, int fd, struct km_conn *conn,
 	conn->row.ring_size = f->seg.ring_size;
 	conn->row.transport = transport;
 	memcpy(conn->row.token, wire->token, sizeof(wire->token));
+	conn->row.segment = (uintptr_t)wire;
 	km_producer_init(&conn->tx, &wire->ring[tx], km_segment_data(&f->seg, tx),
 			 f->seg.ring_size);
 	km_consumer_init(&conn->rx, &wire->ring[rx], km_segment_data(&f->seg, rx),

@@ -155,6 +155,13 @@ static void wrote(struct km_producer *p, uint64_t at)
 	KM_FAULT(WRITE_PUBLISHED);
 }
 
+/* Relaxed: the lock that the caller gives up, or the next publication, is behind it. */
+KM_COLD void km_ring_torn(struct km_producer *p, size_t n)
+{
+	if (p->w + n > km_load_relaxed(&p->wire->torn))
+		km_store_relaxed(&p->wire->torn, p->w + n);
+}
+
 ssize_t km_ring_write(struct km_producer *p, const struct iovec *iov, int iovcnt,
 		      size_t most)
 {
@@ -170,8 +177,10 @@ ssize_t km_ring_write(struct km_producer *p, const struct iovec *iov, int iovcnt
 	for (int i = 0; i < iovcnt && room; i++) {
 		size_t n = KM_MIN(iov[i].iov_len, room);
 
-		if (n && km_unlikely(copy_in(p, at, iov[i].iov_base, n) < 0))
+		if (n && km_unlikely(copy_in(p, at, iov[i].iov_base, n) < 0)) {
+			km_ring_torn(p, at + n - p->w);
 			return -EFAULT;
+		}
 		at += n;
 		room -= n;
 	}
@@ -189,8 +198,10 @@ ssize_t km_ring_put(struct km_producer *p, const void *from, size_t n)
 	if (km_unlikely(free_space(p) < n))
 		return 0;
 	begins_write();
-	if (km_unlikely(copy_in(p, p->w, from, n) < 0))
+	if (km_unlikely(copy_in(p, p->w, from, n) < 0)) {
+		km_ring_torn(p, n);
 		return -EFAULT;
+	}
 	wrote(p, p->w + n);
 	return (ssize_t)n;
 }

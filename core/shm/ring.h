@@ -110,6 +110,9 @@ ssize_t km_ring_take(struct km_consumer *c, void *to, size_t n);
  */
 ssize_t km_ring_space(struct km_producer *p, size_t want, uint8_t **at);
 void km_ring_produced(struct km_producer *p, size_t n);
+/* The n bytes of space behind this end's position may have been written to, and are not
+ * published: for whoever looks at bytes that the consumer has taken (kmap tap). */
+void km_ring_torn(struct km_producer *p, size_t n);
 ssize_t km_ring_bytes(struct km_consumer *c, const uint8_t **at);
 void km_ring_consumed(struct km_consumer *c, size_t n);
 

@@ -62,6 +62,8 @@ struct km_wire_ring {
 	km_a64 end;		  /* ring bytes before the kernel takes over again */
 	km_a32 pflags;
 	km_a32 pcpu; /* 1 + the CPU that it last published on; 0: not known */
+	/* writes that failed half-way may have changed bytes up to this position */
+	km_a64 torn;
 	/* written by the consumer */
 	_Alignas(KM_APART) km_a64 rpos; /* bytes ever taken from the ring */
 	km_a64 stop; /* 1 + the position at which the consumer left or would leave */

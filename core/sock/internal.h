@@ -79,8 +79,11 @@ KM_INLINE bool km_side_enter(struct km_file *f, int fd, bool out, bool held,
 		return false;
 	}
 	/* Whoever died with the lock may have been in the middle of a copy. */
-	if (km_unlikely(d->how == KM_LOCK_STOLEN))
+	if (km_unlikely(d->how == KM_LOCK_STOLEN)) {
+		if (out)
+			km_ring_torn(&conn->tx, conn->row.ring_size);
 		km_stream_reset(conn);
+	}
 	return true;
 }
 

@@ -37,7 +37,7 @@ static uint32_t leave(km_a32 *left, uint32_t who)
 
 enum km_lock_result km_tx_lock(struct km_conn *conn)
 {
-	enum km_lock_result how = km_lock(&conn->tx_lock);
+	enum km_lock_result how = km_conn_lock_tx(conn);
 
 	if (km_unlikely(how == KM_LOCK_STOLEN))
 		km_stream_reset(conn);

@@ -305,10 +305,13 @@ ssize_t km_send_from(struct km_file *f, int fd, int in, off64_t *offset, size_t 
 	if (d.conn->tx_phase == KM_PHASE_RING && !died && d.conn->tx.data &&
 	    !(km_load_relaxed(&d.conn->flags) & KM_CONN_RESET)) {
 		space = km_ring_space(&d.conn->tx, count, &at);
+		space = KM_MIN(space, (ssize_t)count);
 		if (space > 0)
-			n = offset ? KM_SYS(pread64, in, at,
-					    KM_MIN((size_t)space, count), *offset, 0, 0)
-				   : km_sys_read(in, at, KM_MIN((size_t)space, count));
+			n = offset ? KM_SYS(pread64, in, at, space, *offset, 0, 0)
+				   : km_sys_read(in, at, (size_t)space);
+		/* A device may have put more there than it says. */
+		if (space > 0 && km_unlikely(n < space))
+			km_ring_torn(&d.conn->tx, (size_t)space);
 	}
 	if (n > 0) {
 		KM_FAULT(WRITE_FILE);

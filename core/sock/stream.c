@@ -184,7 +184,7 @@ void km_stream_abandon(struct km_file *f)
 {
 	struct km_conn *conn = f->conn;
 	enum km_lock_result rx = km_lock(&conn->rx_lock);
-	enum km_lock_result tx = km_lock(&conn->tx_lock);
+	enum km_lock_result tx = km_conn_lock_tx(conn);
 
 	conn->rx_phase = KM_PHASE_ENDED;
 	conn->tx_phase = KM_PHASE_ENDED;

@@ -10,6 +10,7 @@ COMMANDS = (
     "ss",
     "stats",
     "doctor",
+    "tap",
     "path",
     "policy",
     "inject",

@@ -101,7 +101,7 @@ def test_the_decoder_reads_what_was_compiled() -> None:
     row |= {"fd": -5, "pid": 4712, "lport": 1001, "pport": 1002, "oport": 1003}
     row |= {"ring_size": 65536, "generation": 9, "ring_rx_bytes": 11}
     row |= {"ring_tx_bytes": 12, "kernel_rx_bytes": 13, "kernel_tx_bytes": 14}
-    row |= {"rx_seen": 15, "tx_seen": 16}
+    row |= {"rx_seen": 15, "tx_seen": 16, "segment": 0x7FFF_0000_1000}
     raw = {
         "laddr": ipaddress.IPv6Address("::ffff:127.0.0.1").packed,
         "paddr": ipaddress.IPv6Address("2001:db8::2").packed,

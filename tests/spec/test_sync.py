@@ -33,6 +33,7 @@ ALLOWED = {
     "cut": {"load_ordered", "store_ordered"},
     "end": {"load_ordered", "store_ordered"},
     "pcpu": {"load_relaxed", "store_relaxed"},
+    "torn": {"load_relaxed", "store_relaxed"},
     "ccpu": {"load_relaxed", "store_relaxed"},
     "stop": {"store_relaxed", "or_seq", "cas_seq"},
     "left": {"cas_sync LEFT", "load_relaxed"},
