@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import ipaddress
 import os
-import re
 import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kmap import wire
 from kmap.native import PRELOAD_NAME
@@ -24,7 +23,10 @@ from kmap.wire import Endpoint
 STATISTICS_LINK = "/memfd:kmap-stats"
 # Where memfd_create is refused it is a file without a name, as others may have too.
 UNNAMED_LINK = "/dev/shm/#"
-_SOCKET_LINK = re.compile(r"socket:\[(\d+)\]")
+_SOCKET_LINK = "socket:["
+_MAPS_PART = 1 << 16
+# include/linux/sched.h; such a process has no memory of its own.
+_PF_KTHREAD = 0x00200000
 
 # The smallest limit of which the library takes a few numbers.
 INSIDE_LEAST = 1024
@@ -36,9 +38,8 @@ LISTEN = 0x0A
 _OWNED = frozenset({0x01, 0x02, 0x04, 0x05, 0x08, 0x09, 0x0B})
 
 
-@dataclass(frozen=True)
-class TcpSocket:
-    """One line of /proc/net/tcp or tcp6."""
+class TcpSocket(NamedTuple):
+    """One TCP socket, from sock_diag or from a line of /proc/net/tcp or tcp6."""
 
     inode: int
     local: Endpoint
@@ -47,6 +48,10 @@ class TcpSocket:
     uid: int
     rx_queue: int
     tx_queue: int
+    # Bytes that the program has taken from the kernel and given to it; None where
+    # sock_diag cannot be asked.
+    rx_bytes: int | None = None
+    tx_bytes: int | None = None
 
     @property
     def connected(self) -> bool:
@@ -67,6 +72,8 @@ class Process:
     """What can be seen of one process."""
 
     pid: int
+    # In the innermost of its PID namespaces, which is the one that it knows.
+    inner_pid: int
     comm: str
     network: int
     has_library: bool
@@ -92,12 +99,19 @@ def _read(path: str) -> bytes:
 
 def has_library(pid: int) -> bool:
     """Whether the preload library is mapped into the process."""
+    name = f"/{PRELOAD_NAME}".encode()
+    tail = b""
     try:
-        # A replaced file is listed with " (deleted)" behind its name.
-        maps = _read(f"/proc/{pid}/maps")
+        # A replaced file is listed with " (deleted)" behind its name.  A process with
+        # many connections has many mappings before it, and after it.
+        with open(f"/proc/{pid}/maps", "rb", buffering=0) as maps:
+            while part := maps.read(_MAPS_PART):
+                if name in tail + part:
+                    return True
+                tail = part[-len(name) :]
     except OSError:
-        return False
-    return f"/{PRELOAD_NAME}".encode() in maps
+        pass
+    return False
 
 
 def comm(pid: int) -> str:
@@ -140,11 +154,20 @@ def _is_statistics(path: str) -> bool:
 def links(pid: int) -> dict[int, str]:
     """What each descriptor of the process leads to, such as "socket:[4711]"."""
     found: dict[int, str] = {}
-    directory = f"/proc/{pid}/fd"
-    with contextlib.suppress(OSError):
-        for name in sorted(os.listdir(directory), key=int):
+    try:
+        # Relative to the directory each of them is looked up sooner.
+        at = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return found
+    try:
+        for number in sorted(map(int, os.listdir(at))):
             with contextlib.suppress(OSError):
-                found[int(name)] = os.readlink(f"{directory}/{name}")
+                found[number] = os.readlink(str(number), dir_fd=at)
+    except OSError:
+        # It ended while it was being listed.
+        pass
+    finally:
+        os.close(at)
     return found
 
 
@@ -152,11 +175,12 @@ def _descriptors(pid: int) -> tuple[dict[int, int], tuple[StatisticsFile, ...]]:
     sockets: dict[int, int] = {}
     statistics: dict[tuple[int, int], StatisticsFile] = {}
     for fd, link in links(pid).items():
+        if link.startswith(_SOCKET_LINK):
+            sockets.setdefault(int(link[len(_SOCKET_LINK) : -1]), fd)
+            continue
         path = f"/proc/{pid}/fd/{fd}"
         with contextlib.suppress(OSError):
-            if match := _SOCKET_LINK.fullmatch(link):
-                sockets.setdefault(int(match[1]), fd)
-            elif link.startswith(STATISTICS_LINK) or (
+            if link.startswith(STATISTICS_LINK) or (
                 link.startswith(UNNAMED_LINK) and _is_statistics(path)
             ):
                 status = os.stat(path)
@@ -165,16 +189,47 @@ def _descriptors(pid: int) -> tuple[dict[int, int], tuple[StatisticsFile, ...]]:
     return sockets, tuple(statistics.values())
 
 
-def process(pid: int) -> Process | None:
-    """The process, or None if it is gone or may not be looked at."""
+def _inner_pid(pid: int) -> int:
+    try:
+        for line in _read(f"/proc/{pid}/status").splitlines():
+            if line.startswith(b"NSpid:"):
+                return int(line.split()[-1])
+    except OSError:
+        pass
+    return pid
+
+
+def _is_kernel_thread(pid: int) -> bool:
+    try:
+        fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+        return bool(int(fields[6]) & _PF_KTHREAD)
+    except OSError:
+        return False
+
+
+def may_be_looked_at(pid: int) -> bool:
+    """False for a program of another user; kernel threads and the dead are no loss."""
+    try:
+        os.stat(f"/proc/{pid}/ns/net")
+    except PermissionError:
+        return _is_kernel_thread(pid)
+    except OSError:
+        pass
+    return True
+
+
+def _look_at(pid: int, *, library_only: bool) -> Process | None:
     try:
         network = os.stat(f"/proc/{pid}/ns/net").st_ino
     except OSError:
         return None
     library = has_library(pid)
-    sockets, statistics = _descriptors(pid)
+    # Without the library it may be large and is of no interest.
+    listed = library or not library_only
+    sockets, statistics = _descriptors(pid) if listed else ({}, ())
     return Process(
         pid=pid,
+        inner_pid=_inner_pid(pid) if library else pid,
         comm=comm(pid),
         network=network,
         has_library=library,
@@ -185,9 +240,22 @@ def process(pid: int) -> Process | None:
     )
 
 
-def processes() -> list[Process]:
-    """Every process that can be looked at, by pid."""
-    return [found for pid in sorted(_pids()) if (found := process(pid)) is not None]
+def process(pid: int) -> Process | None:
+    """The process, or None if it is gone or may not be looked at."""
+    return _look_at(pid, library_only=False)
+
+
+def survey() -> tuple[list[Process], int]:
+    """The processes that have the library, by pid, and how many it may not look at."""
+    found: list[Process] = []
+    hidden = 0
+    for pid in sorted(_pids()):
+        each = _look_at(pid, library_only=True)
+        if each is None:
+            hidden += not may_be_looked_at(pid)
+        elif each.has_library:
+            found.append(each)
+    return found, hidden
 
 
 def exists(pid: int) -> bool:
@@ -219,13 +287,11 @@ def descendants(pid: int) -> list[int]:
 
 # Many sockets have few addresses between them.
 @functools.lru_cache(maxsize=4096)
-def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+def _address(text: str) -> bytes:
     # Four-byte words of the network-order address, each printed as a host integer.
     words = (int(text[i : i + 8], 16) for i in range(0, len(text), 8))
     raw = b"".join(word.to_bytes(4, sys.byteorder) for word in words)
-    if len(raw) == 4:
-        return ipaddress.IPv4Address(raw)
-    return Endpoint.from_bytes(raw, 0).address
+    return wire.V4_MAPPED + raw if len(raw) == 4 else raw
 
 
 def _endpoint(text: str) -> Endpoint:

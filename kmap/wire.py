@@ -14,6 +14,7 @@ import os
 import struct
 import sys
 from dataclasses import dataclass
+from typing import NamedTuple
 
 MAGIC = int.from_bytes(b"MAPSTATS", "little")
 VERSION = 1
@@ -28,6 +29,13 @@ HEADER = struct.Struct("=QIIIIII16s")
 ROW = struct.Struct("=IIIIQiIHHHH16s16s16sIIQQQQQQ16sQ")
 _TABLE = struct.Struct(f"={TABLE_LENGTH}Q")
 _ATTEMPTS = 3
+# Rows that are read at once, and then once more.
+_BATCH = 1024
+# Counters of the bytes of closed connections, in the order of counters.def.
+CLOSED_BYTES = slice(10, 14)
+# Far above what any version writes: a bound for what is believed of another's file.
+_MOST_ROWS = 1 << 20
+_MOST_ROW_SIZE = 1 << 16
 
 
 class NotStatistics(Exception):
@@ -51,22 +59,23 @@ class Role(enum.IntEnum):
     ACCEPTOR = 2
 
 
-@dataclass(frozen=True, order=True)
-class Endpoint:
-    """An address and a port; v4-mapped addresses are IPv4 addresses here."""
+# Before the four bytes of an IPv4 address.
+V4_MAPPED = bytes(10) + b"\xff\xff"
 
-    address: ipaddress.IPv4Address | ipaddress.IPv6Address
+
+class Endpoint(NamedTuple):
+    """An address and a port; IPv4 addresses are v4-mapped in the sixteen bytes."""
+
+    raw: bytes
     port: int
 
-    @classmethod
-    def from_bytes(cls, raw: bytes, port: int) -> Endpoint:
-        """From sixteen bytes, IPv4 as v4-mapped."""
-        return cls(_address(raw), port)
+    @property
+    def address(self) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+        """The address; a v4-mapped one is an IPv4 address here."""
+        return _address(self.raw)
 
     def __str__(self) -> str:
-        if self.address.version == 6:
-            return f"[{self.address}]:{self.port}"
-        return f"{self.address}:{self.port}"
+        return f"{_address_text(self.raw)}:{self.port}"
 
 
 # Many connections have few addresses between them.
@@ -76,11 +85,16 @@ def _address(raw: bytes) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     return address.ipv4_mapped or address
 
 
-@dataclass(frozen=True)
-class Row:
+@functools.lru_cache(maxsize=4096)
+def _address_text(raw: bytes) -> str:
+    address = _address(raw)
+    return f"[{address}]" if address.version == 6 else str(address)
+
+
+class Row(NamedTuple):
     """One connection, as the process that upgraded it describes it."""
 
-    index: int
+    number: int
     state: RowState
     role: Role
     reason: int
@@ -115,6 +129,10 @@ class Statistics:
     rows: tuple[Row, ...]
 
 
+_STATES = {int(state): state for state in RowState}
+_ROLES = {int(role): role for role in Role}
+
+
 def decode_row(raw: bytes, offset: int, index: int) -> Row | None:
     """The row at offset; None if it is free."""
     (
@@ -132,53 +150,40 @@ def decode_row(raw: bytes, offset: int, index: int) -> Row | None:
         laddr,
         paddr,
         oaddr,
-        ring_size,
-        generation,
-        ring_rx,
-        ring_tx,
-        kernel_rx,
-        kernel_tx,
-        rx_seen,
-        tx_seen,
+        *sizes_and_counts,
         token,
         segment,
     ) = ROW.unpack_from(raw, offset)
     if state == RowState.FREE:
         return None
-    try:
-        return Row(
-            index=index,
-            state=RowState(state),
-            role=Role(role),
-            reason=reason,
-            transport=transport,
-            inode=inode,
-            fd=fd,
-            pid=pid,
-            local=Endpoint.from_bytes(laddr, lport),
-            peer=Endpoint.from_bytes(paddr, pport),
-            original_dst=Endpoint.from_bytes(oaddr, oport) if oport else None,
-            ring_size=ring_size,
-            generation=generation,
-            ring_rx_bytes=ring_rx,
-            ring_tx_bytes=ring_tx,
-            kernel_rx_bytes=kernel_rx,
-            kernel_tx_bytes=kernel_tx,
-            rx_seen=rx_seen,
-            tx_seen=tx_seen,
-            token=token,
-            segment=segment,
+    if state not in _STATES or role not in _ROLES:
+        raise NotStatistics(f"row {index}: state {state}, role {role}")
+    return Row._make(
+        (
+            index,
+            _STATES[state],
+            _ROLES[role],
+            reason,
+            transport,
+            inode,
+            fd,
+            pid,
+            Endpoint(laddr, lport),
+            Endpoint(paddr, pport),
+            Endpoint(oaddr, oport) if oport else None,
+            *sizes_and_counts,
+            token,
+            segment,
         )
-    except ValueError as error:
-        raise NotStatistics(f"row {index}: {error}") from error
+    )
 
 
-def _state(raw: bytes) -> int:
-    return int.from_bytes(raw[0:4], sys.byteorder)
+def _state(raw: bytes, offset: int) -> int:
+    return int.from_bytes(raw[offset : offset + 4], sys.byteorder)
 
 
-def _generation(raw: bytes) -> int:
-    return int.from_bytes(raw[92:96], sys.byteorder)
+def _generation(raw: bytes, offset: int) -> bytes:
+    return raw[offset + 92 : offset + 96]
 
 
 def _read_fully(fd: int, length: int, offset: int) -> bytes:
@@ -198,11 +203,38 @@ def has_magic(fd: int) -> bool:
     return os.pread(fd, 8, 0) == MAGIC.to_bytes(8, sys.byteorder)
 
 
+def _rows(fd: int, header_size: int, row_size: int, used: int) -> list[Row]:
+    rows = []
+    for first in range(0, used, _BATCH):
+        count = min(_BATCH, used - first)
+        at = header_size + first * row_size
+        before = _read_fully(fd, count * row_size, at)
+        again = _read_fully(fd, count * row_size, at)
+        for offset in range(0, count * row_size, row_size):
+            # Most of a long-lived table is free.
+            if _state(before, offset) == RowState.FREE:
+                continue
+            index = first + offset // row_size
+            raw, place = again, offset
+            attempts = 0
+            steady = _generation(before, offset) == _generation(again, offset)
+            while not steady and attempts < _ATTEMPTS:
+                newer = _read_fully(fd, row_size, at + offset)
+                steady = _generation(raw, place) == _generation(newer, 0)
+                raw, place = newer, 0
+                attempts += 1
+            if steady and (row := decode_row(raw, place, index)) is not None:
+                rows.append(row)
+    return rows
+
+
 def read_statistics(fd: int) -> Statistics:
     """Decodes the memfd open at fd; raises NotStatistics if it is something else.
 
     The owner goes on writing meanwhile.  A row whose generation changed while it was
-    being read belongs to two connections at once and is read again.
+    being read belongs to two connections at once and is read again.  A connection that
+    is closed moves its bytes from its row to the counters: if those have changed, all
+    is read again, a few times; then its bytes may be missing, but not be there twice.
     """
     head = _read_fully(fd, HEADER.size, 0)
     magic, version, header_size, row_size, row_count, used, pid, comm = HEADER.unpack(
@@ -212,29 +244,18 @@ def read_statistics(fd: int) -> Statistics:
         raise NotStatistics(f"the magic number is {magic:#x}")
     if version != VERSION:
         raise NotStatistics(f"version {version} is not {VERSION}")
-    if row_size < ROW.size or used > row_count:
+    if not ROW.size <= row_size <= _MOST_ROW_SIZE or used > min(row_count, _MOST_ROWS):
         raise NotStatistics(f"rows of {row_size} bytes, {used} of {row_count} used")
-    counters = _TABLE.unpack(_read_fully(fd, _TABLE.size, COUNTERS_OFFSET))
-    reasons = _TABLE.unpack(_read_fully(fd, _TABLE.size, REASONS_OFFSET))
-    rows = []
-    before = _read_fully(fd, used * row_size, header_size)
-    for index in range(used):
-        raw = before[index * row_size : (index + 1) * row_size]
-        for _ in range(_ATTEMPTS):
-            # Free rows cost no second look: most of a long-lived table is free.
-            if _state(raw) == RowState.FREE:
-                break
-            again = _read_fully(fd, row_size, header_size + index * row_size)
-            if _generation(raw) == _generation(again):
-                row = decode_row(again, 0, index)
-                if row is not None:
-                    rows.append(row)
-                break
-            raw = again
+    for _ in range(_ATTEMPTS):
+        counters = _TABLE.unpack(_read_fully(fd, _TABLE.size, COUNTERS_OFFSET))
+        rows = _rows(fd, header_size, row_size, used)
+        after = _TABLE.unpack(_read_fully(fd, _TABLE.size, COUNTERS_OFFSET))
+        if counters[CLOSED_BYTES] == after[CLOSED_BYTES]:
+            break
     return Statistics(
         pid=pid,
         comm=comm.split(b"\0", 1)[0].decode(errors="replace"),
         counters=counters,
-        reasons=reasons,
+        reasons=_TABLE.unpack(_read_fully(fd, _TABLE.size, REASONS_OFFSET)),
         rows=tuple(rows),
     )

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
 from rich.table import Table
 
-from kmap import native, procfs, wire
+from kmap import native, procfs, snapshot
 from kmap.render import renders
 from kmap.results import (
     EXIT_OK,
@@ -69,9 +71,9 @@ def add_parser(subparsers: SubParsers) -> None:
     parser.add_argument("pid", nargs="?", type=int, metavar="PID")
 
 
-def _counters(
-    statistics: wire.Statistics, holders: list[procfs.Process]
-) -> ProcessCounters:
+def counters(group: snapshot.Group) -> ProcessCounters:
+    """The counters of one memfd by name, with those of open connections."""
+    statistics = group.statistics
     values = {
         counter.name: value
         for counter, value in zip(native.counters(), statistics.counters, strict=False)
@@ -82,12 +84,11 @@ def _counters(
         connections[state] = connections.get(state, 0) + 1
         for name in _BYTES:
             values[name] = values.get(name, 0) + getattr(row, name)
-    pids = tuple(holder.pid for holder in holders)
-    first = next((p for p in holders if p.pid == statistics.pid), holders[0])
+    first = group.holders[0]
     return ProcessCounters(
         pid=first.pid,
         comm=first.comm,
-        pids=pids,
+        pids=tuple(holder.pid for holder in group.holders),
         counters=values,
         reasons={
             reason.name: value
@@ -109,31 +110,20 @@ def _never_upgraded(process: procfs.Process) -> ProcessCounters:
     )
 
 
-def collect(processes: list[procfs.Process]) -> tuple[ProcessCounters, ...]:
+def collect(processes: Sequence[procfs.Process]) -> tuple[ProcessCounters, ...]:
     """The counters of every statistics memfd that one of processes holds."""
-    files: dict[tuple[int, int], procfs.StatisticsFile] = {}
-    holders: dict[tuple[int, int], list[procfs.Process]] = {}
-    for process in processes:
-        for file in process.statistics:
-            files.setdefault(file.identity, file)
-            holders.setdefault(file.identity, []).append(process)
-    found = []
-    for identity, file in files.items():
-        try:
-            statistics = procfs.read_statistics(file)
-        except wire.NotStatistics as error:
-            raise CommandFailed(
-                f"{file.path}: {error}: the process runs another version of the library"
-            ) from error
-        if statistics is not None:
-            found.append(_counters(statistics, holders[identity]))
-    return tuple(found)
+    found, notes = snapshot.groups(processes)
+    if notes and not found:
+        raise CommandFailed(notes[0])
+    for note in notes:
+        print(f"kmap stats: {note}", file=sys.stderr)
+    return tuple(counters(group) for group in found)
 
 
 def run(args: argparse.Namespace) -> StatsResult:
     """Reads the counters now."""
     if args.pid is None:
-        return StatsResult(collect(procfs.processes()))
+        return StatsResult(collect(procfs.survey()[0]))
     if not procfs.exists(args.pid):
         raise CommandFailed(f"there is no process {args.pid}")
     process = procfs.process(args.pid)
@@ -155,7 +145,7 @@ def _render(result: StatsResult, console: Console) -> None:
     if not result.processes:
         console.print("No process has upgraded a connection.")
     meanings = {counter.name: counter.meaning for counter in native.counters()}
-    # The table of counters speaks of closed connections only; see _counters.
+    # The table of counters speaks of closed connections only; see counters().
     meanings |= {
         name: meanings[name].partition(" of closed")[0].partition(" by closed")[0]
         for name in _BYTES

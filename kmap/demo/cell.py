@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 
-from kmap.commands import ss
+from kmap import snapshot
 from kmap.demo import cpu, syscalls, wrk
 from kmap.demo.children import Child
 from kmap.demo.figures import CallsPerRequest, Cell, CpuPerRequest, SocketStates
@@ -21,7 +21,9 @@ _LOOK_S = 0.1
 
 def _socket_states(pids: set[int]) -> SocketStates:
     states = [
-        each.state for each in ss.connections(include_kernel=True) if each.pid in pids
+        each.state
+        for each in snapshot.connections(include_kernel=True)
+        if each.pid in pids
     ]
     return SocketStates(
         ring=states.count("ring"),

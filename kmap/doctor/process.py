@@ -15,9 +15,7 @@ import struct
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from kmap import native, procfs, wire
-from kmap.commands import ss
-from kmap.commands.ss import Connection
+from kmap import native, procfs, snapshot, wire
 from kmap.doctor import elf, envoy, host
 from kmap.doctor.check import Check, Subject
 from kmap.doctor.elf import Elf, NotElf
@@ -27,6 +25,7 @@ from kmap.doctor.program import calls, glibc, linking, malloc
 from kmap.native import PRELOAD_NAME
 from kmap.policy.rules import INLINE
 from kmap.results import CommandFailed
+from kmap.snapshot import Connection
 
 # linux/auxvec.h: set where the loader has to distrust the environment.
 _AT_SECURE = 23
@@ -439,7 +438,7 @@ def check(pid: int, *, peer: int | None = None) -> list[Check]:
     connections: tuple[Connection, ...] = ()
     if any(each.library is not None for each in running):
         pids = {each.pid for each in running}
-        connections = ss.connections(include_kernel=True, pids=pids)
+        connections = snapshot.connections(include_kernel=True, pids=pids)
     found = [check for each in running for check in _checks(each, connections)]
     if len(running) == 2:
         found += _pair(running[0], running[1], connections)

@@ -171,38 +171,38 @@ class End:
     @property
     def same(self) -> bool:
         """Whether the row is still this connection's, which may have ended."""
-        generation = self.table.word(self.row.index, _GENERATION)
+        generation = self.table.word(self.row.number, _GENERATION)
         return generation == self.row.generation
 
     @property
     def alive(self) -> bool:
         """Whether the connection is open at this end."""
-        state = self.table.word(self.row.index, _STATE)
+        state = self.table.word(self.row.number, _STATE)
         return state != RowState.FREE and self.same and bool(self.table.holders)
 
     @property
     def put(self) -> int:
         """Bytes that it has put into its ring; valid if same afterwards."""
-        return self.table.long(self.row.index, _RING_TX_BYTES)
+        return self.table.long(self.row.number, _RING_TX_BYTES)
 
     @property
     def taken(self) -> int:
         """Bytes that it has taken from the other ring; the same."""
-        return self.table.long(self.row.index, _RING_RX_BYTES)
+        return self.table.long(self.row.number, _RING_RX_BYTES)
 
     @property
     def cut(self) -> int:
         """Bytes that it sent by the kernel before its ring; the same."""
-        return self.table.long(self.row.index, _KERNEL_TX_BYTES)
+        return self.table.long(self.row.number, _KERNEL_TX_BYTES)
 
     @property
     def peer_cut(self) -> int:
         """Bytes that came by the kernel before the other ring; the same."""
-        return self.table.long(self.row.index, _KERNEL_RX_BYTES)
+        return self.table.long(self.row.number, _KERNEL_RX_BYTES)
 
     def idle(self) -> bool:
         """Whether no thread is writing to the ring."""
-        if self.table.word(self.row.index, _TX_LOCK) == 0:
+        if self.table.word(self.row.number, _TX_LOCK) == 0:
             return True
         # A row that is another connection's has nobody left who writes for this one.
         return not self.same

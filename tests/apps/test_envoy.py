@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from kmap.commands import ss
+from kmap import snapshot
 from kmap.demo import config, programs
 from kmap.demo.children import Child, Deadline
 from kmap.demo.programs import Programs
@@ -157,9 +157,11 @@ def stack(
         yield Stack(found, tmp_path, served, mode_env, mode, nginx, port, spawn, exits)
 
 
-def _rows(pids: Iterable[int]) -> list[ss.Connection]:
+def _rows(pids: Iterable[int]) -> list[snapshot.Connection]:
     wanted = set(pids)
-    return [row for row in ss.connections(include_kernel=True) if row.pid in wanted]
+    return [
+        row for row in snapshot.connections(include_kernel=True) if row.pid in wanted
+    ]
 
 
 def _pipes(pid: int) -> int:

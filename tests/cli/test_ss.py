@@ -10,6 +10,8 @@ import socket
 import subprocess
 from typing import Any
 
+import pytest
+
 from kmap import procfs
 from kmap.procfs import parse_tcp
 from tests.cli.peers import (
@@ -142,6 +144,86 @@ def test_watch_has_no_json(kernel_env: dict[str, str]) -> None:
     done = kmap("ss", "--watch", "--json", env=kernel_env)
     assert done.returncode == 2
     assert json.loads(done.stdout)["ok"] is False
+
+
+def test_filters_choose(
+    spawn: Spawn, kernel_env: dict[str, str], kmap_env: dict[str, str]
+) -> None:
+    one = start(spawn, kmap_env, kmap_env)
+    two = start(spawn, kernel_env, kmap_env)
+
+    def shown(*arguments: object) -> set[int]:
+        rows = kmap_json("ss", *arguments, env=kernel_env)["connections"]
+        ours = {one.server.pid, one.client.pid, two.client.pid}
+        return {row["pid"] for row in rows} & ours
+
+    ring = {one.server.pid, one.client.pid}
+    assert shown() == shown("--state", "ring") == ring
+    assert shown("--state", "kernel") == {two.client.pid}
+    assert shown("-a", "--pid", one.client.pid, "--pid", two.client.pid) == {
+        one.client.pid,
+        two.client.pid,
+    }
+    assert shown("--port", one.port) == ring
+    assert shown("--sport", one.port) == {one.server.pid}
+    assert shown("--dport", one.port) == {one.client.pid}
+    assert shown("-a", "--comm", "no such program") == set()
+    assert shown("reason", "peer-absent") == {two.client.pid}
+    assert shown("-a", f"( port = :{two.port} or sport = :{one.port} )") == {
+        one.server.pid,
+        two.client.pid,
+    }
+    # Options and words must match together.
+    assert shown("--pid", one.client.pid, "pid", "=", one.server.pid) == set()
+
+    wide = kmap("ss", "-W", "--pid", one.client.pid, env=kernel_env).stdout
+    assert " connector " in wide
+    assert "ring size" in wide.splitlines()[0]
+
+
+@pytest.mark.parametrize("json_option", [(), ("--json",)])
+@pytest.mark.parametrize(
+    "arguments", [("established",), ("--state", "up"), ("pid", "=")]
+)
+def test_a_filter_that_makes_no_sense(
+    arguments: tuple[str, ...], json_option: tuple[str, ...], kernel_env: dict[str, str]
+) -> None:
+    done = kmap("ss", *json_option, *arguments, env=kernel_env)
+    assert done.returncode == 2
+    assert done.stderr.startswith("kmap ss: ")
+    assert bool(done.stdout) == bool(json_option)
+
+
+def test_watch_shows_rates(
+    spawn: Spawn, kernel_env: dict[str, str], kmap_env: dict[str, str]
+) -> None:
+    peers = start(spawn, kmap_env, kmap_env)
+    watch = spawn(
+        [*KMAP, "ss", "-w", "--interval", "0.1", "--pid", str(peers.client.pid)],
+        env=kernel_env,
+        stdout=subprocess.PIPE,
+    )
+    assert watch.stdout is not None
+    idle = {"", "0"}
+    cells: list[str] = []
+    # What goes out between two looks is seen in one of them.
+    for sent in range(1000):
+        line = watch.stdout.readline()
+        assert line, "it ended by itself"
+        if line.startswith("state"):
+            assert line.split("  ")[-1].strip() == "why"
+            assert "ring tx/s" in line
+            assert peers.tell(f"more {1000 * (sent % 2)}") == "sent"
+        if f":{peers.port} " in line:
+            cells = line.split()
+            # state, process, local, peer and the four rates, once they are known.
+            if len(cells) == 8 and cells[5] not in idle:
+                break
+    assert cells[5] not in idle
+    assert cells[7] == "0", "nothing of it goes by the kernel"
+    watch.send_signal(signal.SIGTERM)
+    watch.stdout.read()
+    assert watch.wait() == 143
 
 
 def test_watch_shows_again_and_again(

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from kmap.commands import ss
+from kmap import snapshot
 from tests.limits.crowd import activity
 
 Spawn = Callable[..., "subprocess.Popen[str]"]
@@ -200,7 +200,7 @@ def run(
     names = {server.pid: "server", client.pid: "client"}
     states = {
         names[each.pid]: (each.state, each.reason)
-        for each in ss.connections(include_kernel=True)
+        for each in snapshot.connections(include_kernel=True)
         if each.pid in names
     }
     tell(client)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kmap.commands import ss
+from kmap import snapshot
 from tests.limits.crowd import Spawn
 
 PROGRAM = Path(__file__).parent / "programs" / "descriptors.py"
@@ -36,7 +36,7 @@ def run(
     got = json.loads(process.stdout.readline())
     shown = {
         each.fd: (each.state, each.reason)
-        for each in ss.connections(include_kernel=True)
+        for each in snapshot.connections(include_kernel=True)
         if each.pid == process.pid
     }
     by_inode = {

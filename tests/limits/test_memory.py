@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kmap.commands import ss
+from kmap import snapshot
 from tests.limits.crowd import Spawn
 
 PROGRAM = Path(__file__).parent / "programs" / "memory.py"
@@ -41,7 +41,7 @@ class Program:
         """Of the connecting ends (0) or the accepting ones, in the order of making."""
         shown = {
             each.fd: (each.state, each.reason)
-            for each in ss.connections(include_kernel=True)
+            for each in snapshot.connections(include_kernel=True)
             if each.pid == self.process.pid
         }
         return [shown[ends[end]] for ends in self.do("numbers")]

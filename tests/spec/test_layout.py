@@ -138,8 +138,26 @@ def test_the_decoder_reads_what_was_compiled() -> None:
     assert decoded.token == raw["token"]
 
 
+def test_the_decoder_knows_the_bytes_of_closed_connections() -> None:
+    names = [counter.name for counter in native.counters()]
+    assert names[wire.CLOSED_BYTES] == [
+        f"{path}_{way}_bytes" for path in ("ring", "kernel") for way in ("rx", "tx")
+    ]
+
+
 @pytest.mark.parametrize(
-    "image", [b"", bytes(8192), wire.HEADER.pack(wire.MAGIC, 2, 0, 0, 0, 0, 0, b"")]
+    "image",
+    [
+        b"",
+        bytes(8192),
+        wire.HEADER.pack(wire.MAGIC, 2, 0, 0, 0, 0, 0, b""),
+        # Sizes that are not to be believed, of a file that has room for none of it.
+        wire.HEADER.pack(wire.MAGIC, 1, 4096, 1 << 31, 9, 9, 0, b"").ljust(8192),
+        wire.HEADER.pack(wire.MAGIC, 1, 4096, 512, 1 << 31, 1 << 31, 0, b"").ljust(
+            8192
+        ),
+        wire.HEADER.pack(wire.MAGIC, 1, 4096, 512, 9, 9, 0, b"").ljust(8192),
+    ],
 )
 def test_the_decoder_refuses_other_files(image: bytes) -> None:
     fd = os.memfd_create("test-stats")

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kmap ss where not everything may be seen, and into containers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kmap import procfs
+from tests.cli.peers import Spawn, kmap_json, start
+from tests.cli.test_ss import ROW_FIELDS
+
+NOBODY = 65534
+ROUNDS, SIZE = 50, 8
+
+# Both ends of a connection in one process.
+_BOTH_ENDS = f"""
+import socket, sys, threading
+listener = socket.create_server(("127.0.0.1", 0))
+def echo():
+    sock, _ = listener.accept()
+    while data := sock.recv(100):
+        sock.sendall(data)
+threading.Thread(target=echo, daemon=True).start()
+link = socket.create_connection(listener.getsockname())
+for _ in range({ROUNDS}):
+    link.sendall(bytes({SIZE}))
+    assert len(link.recv(100)) == {SIZE}
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+# A command as another user, who need not be able to read the interpreter's files.
+_AS_NOBODY = f"""
+import os, sys
+from kmap import cli, native
+from kmap.commands import ss
+native.reasons()
+os.setgroups([])
+os.setresgid({NOBODY}, {NOBODY}, {NOBODY})
+os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="changes user or namespaces")
+
+
+@root_only
+def test_other_users_processes_are_counted(
+    spawn: Spawn, kernel_env: dict[str, str], kmap_env: dict[str, str]
+) -> None:
+    peers = start(spawn, kmap_env, kmap_env)
+    for options in ((), ("--json",)):
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", _AS_NOBODY, "ss", "-a", *options],
+            env=kernel_env,
+            text=True,
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert str(peers.client.pid) not in done.stdout
+        said = "may not be looked at by this user: try as root" in done.stderr
+        assert said == (options == ())
+    document = json.loads(done.stdout)
+    assert document["connections"] == []
+    # Both peers and this process; kernel threads are none.
+    assert document["hidden_processes"] >= 3
+    mine = kmap_json("ss", env=kernel_env)
+    assert peers.client.pid in {row["pid"] for row in mine["connections"]}
+    assert mine["hidden_processes"] < document["hidden_processes"]
+
+
+@root_only
+@pytest.mark.parametrize("network", [False, True], ids=["same-network", "own-network"])
+def test_a_container(
+    spawn: Spawn,
+    kernel_env: dict[str, str],
+    kmap_env: dict[str, str],
+    network: bool,
+) -> None:
+    """PID, mount and network namespaces of its own; and no PID means the same there."""
+    namespaces = ["unshare", "--pid", "--mount", "--fork", "--mount-proc"]
+    namespaces += ["--net"] if network else []
+    script = 'ip link set lo up; exec env "$@"'
+    # The preload is the program's own, and none of those that start it.
+    settings = [f"{key}={value}" for key, value in kmap_env.items()]
+    program = [sys.executable, "-W", "error", "-c", _BOTH_ENDS]
+    container = spawn(
+        [*namespaces, "sh", "-c", script, "sh", *settings, *program],
+        env=kernel_env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert container.stdout is not None
+    assert container.stdout.readline() == "ready\n"
+    (pid,) = procfs.children(container.pid)
+    rows = [
+        row
+        for row in kmap_json("ss", "--state", "ring", env=kernel_env)["connections"]
+        if row["pid"] == pid
+    ]
+    assert len(rows) == 2
+    assert {row["role"] for row in rows} == {"connector", "acceptor"}
+    for row in rows:
+        assert set(row) == ROW_FIELDS
+        assert row["ring_rx_bytes"] > 0
+        for way in ("rx", "tx"):
+            both = row[f"ring_{way}_bytes"] + row[f"kernel_{way}_bytes"]
+            assert both == ROUNDS * SIZE
+    (process,) = kmap_json("stats", pid, env=kernel_env)["processes"]
+    assert process["pids"] == [pid]
+    assert process["counters"]["upgrades"] == 2
