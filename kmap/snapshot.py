@@ -58,6 +58,8 @@ class Snapshot:
     processes: tuple[Process, ...]
     groups: tuple[Group, ...]
     connections: tuple[Connection, ...]
+    # Of the socket of each connection; no two sockets of a host have the same.
+    inodes: tuple[int, ...]
     # Programs that may not be looked at, mostly those of other users.
     hidden: int
     # What could not be read and why, a line each: other versions of the library.
@@ -302,14 +304,14 @@ def _infer_reason(view: _View, process: Process, tcp: TcpSocket) -> str:
 
 def _kernel_connections(
     view: _View, processes: Iterable[Process], known: set[int], refused: set[int]
-) -> Iterable[Connection]:
+) -> Iterable[tuple[Connection, int]]:
     for process in processes:
         for inode, fd in process.sockets.items():
             tcp = view.socket(process, inode)
             if tcp is None or not tcp.connected or inode in known:
                 continue
             known.add(inode)
-            yield Connection(
+            connection = Connection(
                 pid=process.pid,
                 comm=process.comm,
                 fd=fd,
@@ -330,6 +332,7 @@ def _kernel_connections(
                 tx_queued=tcp.tx_queue,
                 ring_size=0,
             )
+            yield connection, inode
 
 
 def look(*, include_kernel: bool, pids: Container[int] | None = None) -> Snapshot:
@@ -351,7 +354,7 @@ def look(*, include_kernel: bool, pids: Container[int] | None = None) -> Snapsho
             by_token.setdefault(row.token, []).append(row)
     # Sockets that the policy of their process keeps on the kernel.
     refused = {row.inode for row in rows if _reason_name(row.reason) == "policy"}
-    found: list[Connection] = []
+    found: list[tuple[Connection, int]] = []
     known: set[int] = set()
     for row in rows:
         connection = _from_row(view, row, by_token.get(row.token, [row]), refused)
@@ -359,14 +362,19 @@ def look(*, include_kernel: bool, pids: Container[int] | None = None) -> Snapsho
             continue
         known.add(row.inode)
         if include_kernel or row.state != RowState.KERNEL:
-            found.append(connection)
+            found.append((connection, row.inode))
     if include_kernel:
         found.extend(_kernel_connections(view, processes, known, refused))
     if pids is not None:
-        found = [each for each in found if each.pid in pids]
-    found.sort(key=lambda each: (each.pid, each.fd))
+        found = [each for each in found if each[0].pid in pids]
+    found.sort(key=lambda each: (each[0].pid, each[0].fd))
     return Snapshot(
-        tuple(processes), tuple(found_groups), tuple(found), hidden, tuple(notes)
+        processes=tuple(processes),
+        groups=tuple(found_groups),
+        connections=tuple(each[0] for each in found),
+        inodes=tuple(each[1] for each in found),
+        hidden=hidden,
+        notes=tuple(notes),
     )
 
 

@@ -9,6 +9,7 @@ COMMANDS = (
     "run",
     "ss",
     "stats",
+    "exporter",
     "doctor",
     "tap",
     "path",

@@ -71,6 +71,16 @@ def add_parser(subparsers: SubParsers) -> None:
     parser.add_argument("pid", nargs="?", type=int, metavar="PID")
 
 
+def counter_meanings() -> dict[str, str]:
+    """What each name of counters() counts."""
+    found = {counter.name: counter.meaning for counter in native.counters()}
+    # The table of counters speaks of closed connections only; see counters().
+    return found | {
+        name: found[name].partition(" of closed")[0].partition(" by closed")[0]
+        for name in _BYTES
+    }
+
+
 def counters(group: snapshot.Group) -> ProcessCounters:
     """The counters of one memfd by name, with those of open connections."""
     statistics = group.statistics
@@ -144,12 +154,7 @@ def run(args: argparse.Namespace) -> StatsResult:
 def _render(result: StatsResult, console: Console) -> None:
     if not result.processes:
         console.print("No process has upgraded a connection.")
-    meanings = {counter.name: counter.meaning for counter in native.counters()}
-    # The table of counters speaks of closed connections only; see counters().
-    meanings |= {
-        name: meanings[name].partition(" of closed")[0].partition(" by closed")[0]
-        for name in _BYTES
-    }
+    meanings = counter_meanings()
     reasons = {reason.name: reason.meaning for reason in native.reasons()}
     for process in result.processes:
         pids = ", ".join(map(str, process.pids))
