@@ -22,7 +22,7 @@ from prometheus_client.registry import Collector
 
 from kmap import __version__, procfs, wire
 from kmap.columns import printable
-from kmap.commands import stats
+from kmap.counters import ProcessCounters, counter_meanings, counters
 from kmap.snapshot import Group, Snapshot, look
 
 # Names of programs beyond so many are counted together, as OTHER.
@@ -95,7 +95,7 @@ def _counter_metric(name: str, meaning: str) -> Metric:
 def metrics() -> tuple[Metric, ...]:
     """All that a scrape answers, in its order."""
     return (
-        *(_counter_metric(*each) for each in stats.counter_meanings().items()),
+        *(_counter_metric(*each) for each in counter_meanings().items()),
         *(_FALLBACKS, _SOCKET_RX, _SOCKET_TX, _CONNECTIONS, _PROCESSES),
         *(_HIDDEN, _UNREADABLE, _DURATION, _BUILD),
     )
@@ -112,7 +112,7 @@ class _Counts:
     counters: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
 
-    def raise_to(self, now: stats.ProcessCounters) -> None:
+    def raise_to(self, now: ProcessCounters) -> None:
         """A count that is read while it moves from a row to a total may be short."""
         self.counters |= Counter(now.counters)
         self.reasons |= Counter(now.reasons)
@@ -181,13 +181,8 @@ class KmapCollector(Collector):
         return self._program(comm), str(pid) if self._per_process else ""
 
     def _hold(self, group: Group) -> None:
-        try:
-            fd = os.open(group.file.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return
-        status = os.fstat(fd)
-        if (status.st_dev, status.st_ino) != group.file.identity:
-            os.close(fd)
+        fd = procfs.open_file(group.file)
+        if fd is None:
             return
         first = group.holders[0]
         self._held[group.file.identity] = _Held(
@@ -202,14 +197,14 @@ class KmapCollector(Collector):
         for identity, held in list(self._held.items()):
             if identity in found:
                 held.group = found[identity]
-                held.counts.raise_to(stats.counters(held.group))
+                held.counts.raise_to(counters(held.group))
                 continue
             # Nobody was seen with it, which may have been a moment only.
             ended = not _is_held(held.group)
             with contextlib.suppress(wire.NotStatistics, OSError):
                 last = wire.read_statistics(held.fd)
                 held.counts.raise_to(
-                    stats.counters(Group(held.group.file, held.group.holders, last))
+                    counters(Group(held.group.file, held.group.holders, last))
                 )
             if ended:
                 os.close(held.fd)
@@ -248,7 +243,7 @@ class KmapCollector(Collector):
             totals.setdefault(who, _Counts()).add(counts)
         for held in self._held.values():
             totals.setdefault(held.who, _Counts()).add(held.counts)
-        for name, meaning in stats.counter_meanings().items():
+        for name, meaning in counter_meanings().items():
             family = self._family(_counter_metric(name, meaning))
             for who, counts in totals.items():
                 family.add_metric(self._labels(who), counts.counters[name])

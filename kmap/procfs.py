@@ -8,9 +8,11 @@ being read is left out, never an error.  Other users' processes need root to rea
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import resource
+import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -143,8 +145,17 @@ def open_statistics(pid: int) -> tuple[StatisticsFile, ...]:
     return _descriptors(pid)[1]
 
 
+def _open(path: str) -> int:
+    # Whoever has it open chose what it is: a FIFO would have us wait.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return fd
+
+
 def _is_statistics(path: str) -> bool:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = _open(path)
     try:
         return wire.has_magic(fd)
     finally:
@@ -258,6 +269,15 @@ def survey() -> tuple[list[Process], int]:
     return found, hidden
 
 
+def cpu_ticks(pid: int) -> int:
+    """User and system time of all its threads, in clock ticks; 0 when it is gone."""
+    try:
+        fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+        return int(fields[11]) + int(fields[12])
+    except OSError:
+        return 0
+
+
 def exists(pid: int) -> bool:
     """Whether there is such a process."""
     return os.path.isdir(f"/proc/{pid}")
@@ -332,17 +352,26 @@ def tcp_sockets(pid: int) -> list[TcpSocket] | None:
     return found
 
 
-def read_statistics(file: StatisticsFile) -> wire.Statistics | None:
-    """The content; None when the last holder is gone, or is just making it."""
+def open_file(file: StatisticsFile) -> int | None:
+    """A descriptor of the memfd; None when its last holder is gone."""
     try:
-        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = _open(file.path)
     except OSError:
         return None
+    status = os.fstat(fd)
+    # The descriptor may have been reused for another file since it was listed.
+    if (status.st_dev, status.st_ino) != file.identity:
+        os.close(fd)
+        return None
+    return fd
+
+
+def read_statistics(file: StatisticsFile) -> wire.Statistics | None:
+    """The content; None when the last holder is gone, or is just making it."""
+    fd = open_file(file)
+    if fd is None:
+        return None
     try:
-        # The descriptor may have been reused for another file since it was listed.
-        status = os.fstat(fd)
-        if (status.st_dev, status.st_ino) != file.identity:
-            return None
         return wire.read_statistics(fd) if wire.is_made(fd) else None
     finally:
         os.close(fd)

@@ -54,3 +54,8 @@ def byte_count(count: int | None) -> str:
             return f"{count}" if not unit else f"{value:.1f}{unit}"
         value /= 1000
     raise AssertionError("unreachable")
+
+
+def count(value: float | None) -> str:
+    """A number as people read it; empty when it is not known."""
+    return byte_count(None if value is None else int(value))

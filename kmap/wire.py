@@ -33,9 +33,10 @@ _ATTEMPTS = 3
 _BATCH = 1024
 # Counters of the bytes of closed connections, in the order of counters.def.
 CLOSED_BYTES = slice(10, 14)
-# Far above what any version writes: a bound for what is believed of another's file.
-_MOST_ROWS = 1 << 20
-_MOST_ROW_SIZE = 1 << 16
+# A bound for what is believed of another's file: section 11 of the protocol, and eight
+# times the size of today's rows.
+_MOST_ROWS = 1 << 16
+_MOST_ROW_SIZE = 1 << 12
 
 
 class NotStatistics(Exception):

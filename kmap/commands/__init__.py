@@ -8,6 +8,7 @@ from __future__ import annotations
 COMMANDS = (
     "run",
     "ss",
+    "top",
     "stats",
     "exporter",
     "doctor",

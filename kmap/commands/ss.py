@@ -16,6 +16,7 @@ from rich.text import Text
 
 from kmap import filters
 from kmap.columns import Column, color_system, lay_out, printable
+from kmap.load import Meter, Rates
 from kmap.progress import orderly_end
 from kmap.render import byte_count, renders
 from kmap.results import EXIT_OK, JsonObject, SubParsers, UsageError, command_parser
@@ -173,36 +174,39 @@ def run(args: argparse.Namespace) -> SsResult:
         return _watch(args, wanted, include_kernel=include_kernel)
 
 
-def _key(each: Connection) -> tuple[int, int, str, str]:
-    return each.pid, each.fd, each.local, each.peer
-
-
 def _watch(
     args: argparse.Namespace, wanted: filters.Filter, *, include_kernel: bool
 ) -> SsResult:
     console = Console()
     result = SsResult((), 0, ())
-    before: dict[tuple[int, int, str, str], Connection] = {}
-    at = time.monotonic()
+    meter = Meter()
     # Without a terminal there is nothing to draw over: one table after the other.
     with Live(
         console=console, screen=console.is_terminal, auto_refresh=False, transient=True
     ) as live:
         try:
             while True:
-                result = _result(
-                    look(include_kernel=include_kernel), wanted, wide=args.wide
+                load = meter.sample()
+                busy = [
+                    each
+                    for each in load.connections
+                    if (include_kernel or each.connection.state != "kernel")
+                    and wanted(each.connection)
+                ]
+                busy.sort(key=lambda each: -(each.rates.ring + each.rates.kernel))
+                result = SsResult(
+                    tuple(each.connection for each in busy),
+                    load.hidden,
+                    load.notes,
+                    args.wide,
                 )
-                now = time.monotonic()
-                rates = _rates(result.connections, before, now - at)
-                lines = _watch_lines(result, rates, console)
+                lines = _watch_lines(result, [each.rates for each in busy], console)
                 if console.is_terminal:
                     live.update(Text("\n").join(lines), refresh=True)
                 else:
                     for line in lines:
                         console.out(line.plain, highlight=False)
                     console.file.flush()
-                before, at = {_key(each): each for each in result.connections}, now
                 time.sleep(args.interval)
         except KeyboardInterrupt:
             pass
@@ -210,27 +214,6 @@ def _watch(
 
 
 _COUNTS = ("ring_rx_bytes", "ring_tx_bytes", "kernel_rx_bytes", "kernel_tx_bytes")
-Rates = tuple[float | None, ...]
-
-
-def _rates(
-    now: Sequence[Connection],
-    before: dict[tuple[int, int, str, str], Connection],
-    seconds: float,
-) -> list[Rates]:
-    """Bytes per second of _COUNTS, None where there is no earlier count."""
-    found: list[Rates] = []
-    for each in now:
-        old = before.get(_key(each))
-        rates: list[float | None] = []
-        for name in _COUNTS:
-            newer, older = getattr(each, name), old and getattr(old, name)
-            known = newer is not None and older is not None and seconds > 0
-            rates.append(max(0, newer - older) / seconds if known else None)
-        found.append(tuple(rates))
-    return found
-
-
 _STYLES = {"ring": "green", "pending": "yellow", "kernel": "red"}
 _NARROW = tuple(
     Column(*column)
@@ -300,19 +283,16 @@ def _watch_lines(
     result: SsResult, rates: Sequence[Rates], console: Console
 ) -> list[Text]:
     """What fits the terminal; all of it where there is none."""
-    order = sorted(
-        range(len(rates)), key=lambda i: -sum(rate or 0.0 for rate in rates[i])
-    )
-    room = max(1, console.height - 3) if console.is_terminal else len(order)
-    shown = [result.connections[i] for i in order[:room]]
+    room = max(1, console.height - 3) if console.is_terminal else len(rates)
+    shown = result.connections[:room]
     columns = tuple(
         Column(f"{name}/s" if right else name, right) for name, right in _NARROW
     )
     text = lay_out(
         columns + (_MORE if result.wide else ()),
         [
-            _cells(each, rates[i], wide=result.wide)
-            for each, i in zip(shown, order, strict=False)
+            _cells(each, numbers, wide=result.wide)
+            for each, numbers in zip(shown, rates, strict=False)
         ],
     )
     lines = [

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from kmap import procfs
-from tests.cli.peers import Spawn, kmap_json, start
+from tests.cli.peers import Spawn, kmap, kmap_json, start
 from tests.cli.test_ss import ROW_FIELDS
 
 NOBODY = 65534
@@ -62,11 +62,13 @@ def test_other_users_processes_are_counted(
             capture_output=True,
         )
         assert done.returncode == 0, done.stderr
-        assert str(peers.client.pid) not in done.stdout
+        assert f"/{peers.client.pid} " not in done.stdout
         said = "may not be looked at by this user: try as root" in done.stderr
         assert said == (options == ())
     document = json.loads(done.stdout)
-    assert document["connections"] == []
+    # Somebody else may run programs under Kmap as that user.
+    shown = {row["pid"] for row in document["connections"]}
+    assert not shown & {peers.client.pid, peers.server.pid}
     # Both peers and this process; kernel threads are none.
     assert document["hidden_processes"] >= 3
     mine = kmap_json("ss", env=kernel_env)
@@ -114,3 +116,43 @@ def test_a_container(
     (process,) = kmap_json("stats", pid, env=kernel_env)["processes"]
     assert process["pids"] == [pid]
     assert process["counters"]["upgrades"] == 2
+
+
+# It holds what looks like statistics and is none: a FIFO, and a file of false sizes.
+_IMPOSTOR = """
+import os, sys
+from kmap import wire
+path = f"/dev/shm/#kmap-test-{os.getpid()}"
+os.mkfifo(path)
+fifo = os.open(path, os.O_RDWR)
+os.unlink(path)
+huge = os.memfd_create("kmap-stats-impostor")
+os.ftruncate(huge, 1 << 40)
+os.pwrite(huge, wire.HEADER.pack(wire.MAGIC, 1, 4096, 512, 1 << 31, 1 << 31, 0, b""), 0)
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_impostors_hinder_nobody(
+    spawn: Spawn, kernel_env: dict[str, str], kmap_env: dict[str, str]
+) -> None:
+    impostor = spawn(
+        [sys.executable, "-c", _IMPOSTOR],
+        env=kmap_env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert impostor.stdout is not None
+    assert impostor.stdout.readline() == "ready\n"
+    peers = start(spawn, kmap_env, kmap_env)
+    document = kmap_json("ss", env=kernel_env)
+    assert peers.client.pid in {row["pid"] for row in document["connections"]}
+    (note,) = (n for n in document["notes"] if f"/{impostor.pid}/" in n)
+    assert "rows of 512 bytes" in note
+    refused = kmap("stats", impostor.pid, env=kernel_env)
+    assert refused.returncode == 1
+    assert "another version of the library" in refused.stderr
+    scrape = kmap("exporter", "--once", env=kernel_env)
+    assert scrape.returncode == 0
+    assert "kmap_unreadable_statistics 0" not in scrape.stdout
