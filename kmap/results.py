@@ -85,3 +85,24 @@ def command_parser(
         )
     parser.set_defaults(run=run)
     return parser
+
+
+_SHORTEST_INTERVAL_S = 0.1
+
+
+def _interval(text: str) -> float:
+    seconds = float(text)
+    if not _SHORTEST_INTERVAL_S <= seconds <= 86_400:
+        raise ValueError(text)
+    return seconds
+
+
+def interval_option(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--interval``, seconds between two looks of a command that looks again."""
+    parser.add_argument(
+        "--interval",
+        type=_interval,
+        default=1.0,
+        metavar="SECONDS",
+        help="between two looks (default 1, at least 0.1)",
+    )

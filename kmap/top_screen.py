@@ -197,15 +197,15 @@ class TopApp(App[int]):
     def _annotate(self, shown: int) -> None:
         load = self.load
         states = [each.connection.state for each in load.connections]
-        ring = sum(each.rates.ring_rx or 0.0 for each in load.processes)
-        kernel = sum(each.rates.kernel_rx or 0.0 for each in load.processes)
+        ring = sum(each.rates.ring for each in load.processes)
+        kernel = sum(each.rates.kernel for each in load.processes)
         head = (
-            f"kmap top  {len(load.processes)} processes, "
+            f"{len(load.processes)} processes; ends: "
             + ", ".join(f"{states.count(name)} {name}" for name in _STYLES)
-            + f"  in {byte_count(int(ring))}/s ring, {byte_count(int(kernel))}/s kernel"
+            + f"; {byte_count(int(ring))}/s ring, {byte_count(int(kernel))}/s kernel"
         )
         if self._inside:
-            head = f"kmap top  {self._inside_name}: connections"
+            head = f"{self._inside_name}: connections"
         self.query_one("#head", Static).update(Text(head, "bold"))
         notes = [f"by {self._order}{', reversed' if self._reversed else ''}"]
         if self._paused:

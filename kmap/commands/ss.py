@@ -19,10 +19,16 @@ from kmap.columns import Column, color_system, lay_out, printable
 from kmap.load import Meter, Rates
 from kmap.progress import orderly_end
 from kmap.render import byte_count, renders
-from kmap.results import EXIT_OK, JsonObject, SubParsers, UsageError, command_parser
+from kmap.results import (
+    EXIT_OK,
+    JsonObject,
+    SubParsers,
+    UsageError,
+    command_parser,
+    interval_option,
+)
 from kmap.snapshot import Connection, Snapshot, look
 
-_SHORTEST_INTERVAL_S = 0.1
 _EPILOG = """\
 FILTER is in the words of ss(8), a part of them:
   state ring,pending     sport = :8080     comm = envoy      not reason = policy
@@ -56,13 +62,6 @@ class SsResult:
         }
 
 
-def _interval(text: str) -> float:
-    seconds = float(text)
-    if not _SHORTEST_INTERVAL_S <= seconds <= 86_400:
-        raise ValueError(text)
-    return seconds
-
-
 def add_parser(subparsers: SubParsers) -> None:
     """Adds the parser of this command."""
     parser = command_parser(
@@ -88,13 +87,7 @@ def add_parser(subparsers: SubParsers) -> None:
         action="store_true",
         help="show it again and again, with bytes per second, the busiest first",
     )
-    parser.add_argument(
-        "--interval",
-        type=_interval,
-        default=1.0,
-        metavar="SECONDS",
-        help="between two looks of --watch (default 1, at least 0.1)",
-    )
+    interval_option(parser)
     parser.add_argument(
         "-W", "--wide", action="store_true", help="all columns: also fd, role, sizes"
     )

@@ -21,14 +21,15 @@ from kmap.results import (
     JsonObject,
     SubParsers,
     command_parser,
+    interval_option,
 )
 
-_SHORTEST_INTERVAL_S = 0.1
 _EPILOG = """\
 Keys: q ends it, Enter shows the connections of a process and Escape goes back;
 c, r, k, w and n sort by CPU, ring bytes, kernel bytes, wake-ups and name, i the other
 way round; Space stops and goes on.
-Bytes per second of a process are those of both ways, in the first line those received.
+Bytes per second of a process are those of both ways; the first line adds up the column,
+so what goes between two processes under Kmap is there twice.
 Wake-ups are doorbells and futexes by which a process woke the other end.  Processes
 that share their counters since a fork are one line, with a + behind the first's number.
 """
@@ -63,13 +64,6 @@ class TopResult:
         }
 
 
-def _interval(text: str) -> float:
-    seconds = float(text)
-    if not _SHORTEST_INTERVAL_S <= seconds <= 86_400:
-        raise ValueError(text)
-    return seconds
-
-
 def add_parser(subparsers: SubParsers) -> None:
     """Adds the parser of this command."""
     parser = command_parser(
@@ -82,13 +76,7 @@ def add_parser(subparsers: SubParsers) -> None:
         "frequent reason.",
         epilog=_EPILOG,
     )
-    parser.add_argument(
-        "--interval",
-        type=_interval,
-        default=1.0,
-        metavar="SECONDS",
-        help="between two looks (default 1, at least 0.1)",
-    )
+    interval_option(parser)
     parser.add_argument(
         "--once",
         action="store_true",

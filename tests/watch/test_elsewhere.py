@@ -13,27 +13,10 @@ import pytest
 from kmap import procfs
 from tests.cli.peers import Spawn, kmap, kmap_json, start
 from tests.cli.test_ss import ROW_FIELDS
+from tests.watch.programs import both_ends
 
 NOBODY = 65534
-ROUNDS, SIZE = 50, 8
-
-# Both ends of a connection in one process.
-_BOTH_ENDS = f"""
-import socket, sys, threading
-listener = socket.create_server(("127.0.0.1", 0))
-def echo():
-    sock, _ = listener.accept()
-    while data := sock.recv(100):
-        sock.sendall(data)
-threading.Thread(target=echo, daemon=True).start()
-link = socket.create_connection(listener.getsockname())
-for _ in range({ROUNDS}):
-    link.sendall(bytes({SIZE}))
-    assert len(link.recv(100)) == {SIZE}
-print("ready", flush=True)
-sys.stdin.readline()
-"""
-
+ROUNDS = 50
 # A command as another user, who need not be able to read the interpreter's files.
 _AS_NOBODY = f"""
 import os, sys
@@ -90,21 +73,25 @@ def test_a_container(
     script = 'ip link set lo up; exec env "$@"'
     # The preload is the program's own, and none of those that start it.
     settings = [f"{key}={value}" for key, value in kmap_env.items()]
-    program = [sys.executable, "-W", "error", "-c", _BOTH_ENDS]
+    program = [sys.executable, "-W", "error", both_ends.__file__]
     container = spawn(
         [*namespaces, "sh", "-c", script, "sh", *settings, *program],
         env=kernel_env,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
+    assert container.stdin is not None
     assert container.stdout is not None
-    assert container.stdout.readline() == "ready\n"
+    container.stdin.write(f"{ROUNDS}\n")
+    container.stdin.flush()
+    assert container.stdout.readline() == "done\n"
     (pid,) = procfs.children(container.pid)
-    rows = [
-        row
-        for row in kmap_json("ss", "--state", "ring", env=kernel_env)["connections"]
-        if row["pid"] == pid
-    ]
+    every = kmap_json("ss", "-a", "--pid", pid, env=kernel_env)["connections"]
+    # Nobody but the kernel of that network knows what these have carried.
+    cold = [row for row in every if row["state"] == "kernel"]
+    assert {row["reason"] for row in cold} == {"not-hot"}
+    assert sorted(row["kernel_tx_bytes"] for row in cold) == [0, both_ends.COLD]
+    rows = [row for row in every if row["state"] == "ring"]
     assert len(rows) == 2
     assert {row["role"] for row in rows} == {"connector", "acceptor"}
     for row in rows:
@@ -112,7 +99,7 @@ def test_a_container(
         assert row["ring_rx_bytes"] > 0
         for way in ("rx", "tx"):
             both = row[f"ring_{way}_bytes"] + row[f"kernel_{way}_bytes"]
-            assert both == ROUNDS * SIZE
+            assert both == ROUNDS * both_ends.SIZE
     (process,) = kmap_json("stats", pid, env=kernel_env)["processes"]
     assert process["pids"] == [pid]
     assert process["counters"]["upgrades"] == 2

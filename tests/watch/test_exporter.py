@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kmap import metrics
 from tests.cli.peers import KMAP, Spawn, kmap, kmap_json, start
+from tests.watch.programs import both_ends
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "deploy" / "grafana" / "kmap.json"
@@ -30,41 +31,24 @@ PROMTOOL = shutil.which("promtool")
 # Of the kernel's, for the name of a program.
 COMM_LENGTH = 15
 
-# Both ends of a connection in one process; then a line each for what it is told.
-_PROGRAM = """
-import socket, sys, threading
-listener = socket.create_server(("127.0.0.1", 0))
-def echo():
-    sock, _ = listener.accept()
-    while data := sock.recv(100):
-        sock.sendall(data)
-threading.Thread(target=echo, daemon=True).start()
-link = socket.create_connection(listener.getsockname())
-for line in sys.stdin:
-    for _ in range(int(line)):
-        link.sendall(bytes(10))
-        assert len(link.recv(100)) == 10
-    print("done", flush=True)
-"""
-
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 class Program:
-    """A process under Kmap whose name nobody else has."""
+    """A process under Kmap, with both ends, whose name nobody else has."""
 
     def __init__(self, spawn: Spawn, env: Mapping[str, str], path: Path) -> None:
         path.symlink_to(sys.executable)
         self.comm = path.name
         self.process = spawn(
-            [str(path), "-W", "error", "-c", _PROGRAM],
+            [str(path), "-W", "error", both_ends.__file__],
             env=env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
 
     def turn(self, count: int) -> None:
-        """So many round trips of 10 bytes each way."""
+        """So many round trips on one connection; the other one stays cold."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(f"{count}\n")
@@ -126,17 +110,20 @@ def test_counts_are_those_of_the_program(program: Program, scraper: Scraper) -> 
     program.turn(100)
     found = scraper.of(program)
     assert found["kmap_upgrades_total"] == 2
-    assert found["kmap_connections"] == 2
+    assert found["kmap_connections"] == 4
     assert found["kmap_processes"] == 1
     for way in ("rx", "tx"):
         ring = found[f"kmap_ring_{way}_bytes_total"]
         assert ring > 1000
-        # Both ends, ten bytes each way.
-        assert ring + found[f"kmap_kernel_{way}_bytes_total"] == 2000
-        assert ring + found[f"kmap_socket_{way}_bytes_total"] == 2000
+        # Both ends.
+        moved = 2 * 100 * both_ends.SIZE
+        assert ring + found[f"kmap_kernel_{way}_bytes_total"] == moved
+        # Of the other connection, what was sent; nobody has read it.
+        moved += both_ends.COLD if way == "tx" else 0
+        assert ring + found[f"kmap_socket_{way}_bytes_total"] == moved
     program.turn(10)
     assert scraper.of(program)["kmap_ring_rx_bytes_total"] == (
-        found["kmap_ring_rx_bytes_total"] + 200
+        found["kmap_ring_rx_bytes_total"] + 2 * 10 * both_ends.SIZE
     )
 
 
@@ -158,7 +145,7 @@ def test_counters_stay_when_the_process_ends(
     assert not gone
     for way in ("rx", "tx"):
         name = f"kmap_ring_{way}_bytes_total"
-        assert after[name] == before[name] + 1000
+        assert after[name] == before[name] + 2 * 50 * both_ends.SIZE
     again = scraper.of(program)
     assert counters_of(again) == after
     assert "kmap_connections" not in again
