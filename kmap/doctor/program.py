@@ -81,7 +81,10 @@ _NOT_GLIBC = (
     "run a build of it for glibc; as it is it works, and all its connections stay on "
     "the kernel"
 )
-_MUSL = 'start it with LD_PRELOAD="$(kmap path --musl)" instead of kmap run (kmap help musl)'
+_MUSL = (
+    'start it with LD_PRELOAD="$(kmap path --musl)" instead of kmap run '
+    "(kmap help musl)"
+)
 _GO = "nothing to be done: it works, and its connections stay on the kernel"
 _NO_LOADER = (
     "link it dynamically; as it is it works, and all its connections stay on the kernel"

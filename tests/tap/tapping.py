@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from kmap.commands.ss import connections
+from kmap.snapshot import connections
 from tests.cli.peers import wait_until
 
 PROGRAMS = Path(__file__).parent / "programs"

@@ -11,7 +11,7 @@ import errno
 import os
 import sys
 
-import pyseccomp  # type: ignore[import-untyped]
+import pyseccomp
 
 
 def main() -> None:
