@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures what docs/paper.md says, and writes it.
 
-scripts/paper runs it: everything is measured again, the results are kept beside this file
-(bench.json, demo.json, ends.json; the figures in docs/figures), and docs/paper.md is made
-of template.md and these.  With --render nothing is measured.
+scripts/paper runs it: everything is measured again, the results are kept beside this
+file (bench.json, demo.json, ends.json; the figures in docs/figures), and docs/paper.md
+is made of template.md and these.  With --render nothing is measured.
 """
 
 from __future__ import annotations
@@ -97,7 +97,14 @@ def _demo_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             key: row[key]
-            for key in ("name", "setup", "rps", "p50_us", "p99_us", "cpu_us_per_request")
+            for key in (
+                "name",
+                "setup",
+                "rps",
+                "p50_us",
+                "p99_us",
+                "cpu_us_per_request",
+            )
         }
         | {"gain": row["cpu_gain"], "ring": row["ring_share"]}
         for row in document["loads"]

@@ -48,7 +48,13 @@ def test_each_workload_has_each_setup() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "-"), (0.0, "0"), (0.12345, "0.123"), (12.345, "12.3"), (12345.6, "12,346")],
+    [
+        (None, "-"),
+        (0.0, "0"),
+        (0.12345, "0.123"),
+        (12.345, "12.3"),
+        (12345.6, "12,346"),
+    ],
 )
 def test_numbers(value: float | None, text: str) -> None:
     assert make.number(value) == text
