@@ -148,7 +148,7 @@ def add_parser(subparsers: SubParsers) -> None:
         metavar="US",
         default=_INTERVAL_US,
         help="microseconds between two looks while nothing happens (default: "
-        f"{_INTERVAL_US}); 0 looks all the time, loses least and takes a CPU",
+        f"{_INTERVAL_US}); 0 looks all the time, which needs a CPU of its own",
     )
 
 

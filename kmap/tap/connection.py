@@ -14,6 +14,8 @@ from kmap.wire import Endpoint, Role
 
 # How often flags that come without bytes are looked for.
 _FLAGS_NS = 10_000_000
+# When memory that may not be read is tried again.
+_AGAIN_NS = 1_000_000_000
 # A piece that waits so long to be confirmed holds up others, and memory.
 _QUEUE_MOST = 64 << 20
 
@@ -32,6 +34,7 @@ class Connection:
         self._flow: Flow | None = None
         self._queue: deque[Piece] = deque()
         self._looked = 0
+        self._again = 0
         self._flags = [0, 0]
         levels = geometry(end.row.ring_size)
         self._rings = (
@@ -82,6 +85,7 @@ class Connection:
                 continue
             except NotAllowed:
                 self.denied = True
+                self._again = time.monotonic_ns() + _AGAIN_NS
         else:
             return False
         self.denied = False
@@ -124,7 +128,7 @@ class Connection:
             return True
         self._looked = now
         try:
-            if self._memory is None and not self._start(sink):
+            if self._memory is None and not (now >= self._again and self._start(sink)):
                 return not over
             self._look()
         except Gone:
@@ -153,9 +157,12 @@ class Connection:
         for ring in self._rings:
             if ring.unconfirmed:
                 ring.confirm(self._memory)
-        header = self._memory.header()
         for ring in self._rings:
-            self._flags[ring.ring] = ring.positions(header).flags
+            # The last bytes may have come between the copy and their end.
+            flags = ring.positions(self._memory.header()).flags
+            header = self._memory.header()
+            if ring.positions(header).written <= ring.next:
+                self._flags[ring.ring] = flags
             if self._flow is not None:
                 self._flow.cut(ring.ring, ring.cut(header))
         if self.busy and sum(len(piece.data) for piece in self._queue) > _QUEUE_MOST:

@@ -89,12 +89,15 @@ class Mapped:
     lasting = True
 
     def __init__(self, pid: int, address: int, size: int, token: bytes) -> None:
-        """OSError without CAP_CHECKPOINT_RESTORE; Gone if something else is there."""
+        """PermissionError without CAP_CHECKPOINT_RESTORE; Gone if it is not there."""
         # A mapping ends where the file does: at a whole number of pages.
         name = f"/proc/{pid}/map_files/{address:x}-{address + size:x}"
         try:
             fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as error:
+        except PermissionError:
+            raise
+        except OSError as error:
+            # Not mapped there any more, or the process has ended.
             raise Gone from error
         try:
             if os.fstat(fd).st_size != size:
