@@ -491,13 +491,6 @@ static ssize_t recv_slowly(struct km_file *f, int fd, const struct iovec *iov,
 	ssize_t n;
 	int err;
 
-	if (flags & (MSG_OOB | MSG_ERRQUEUE))
-		return km_kernel_recv(fd, iov, iovcnt, flags);
-	if (km_unlikely(f->link_state == KM_LINK_HELLO))
-		km_link_advance(f, fd);
-	/* Whether there was enough to tell of is seen only before it is taken. */
-	if (km_unlikely(counts_bytes(f)))
-		km_bell_drain(f->bell);
 	if (km_unlikely(flags & MSG_TRUNC)) {
 		/* TCP's meaning: throw the bytes away. */
 		discard = (struct iovec){NULL, want};
@@ -560,6 +553,16 @@ static ssize_t recv_slowly(struct km_file *f, int fd, const struct iovec *iov,
 	}
 }
 
+/* What is due before a direction is locked. */
+static void before_recv(struct km_file *f, int fd)
+{
+	if (km_unlikely(f->link_state == KM_LINK_HELLO))
+		km_link_advance(f, fd);
+	/* Whether there was enough to tell of is seen only before it is taken. */
+	if (km_unlikely(counts_bytes(f)))
+		km_bell_drain(f->bell);
+}
+
 /* On its own, so that vectors need not save what it uses. */
 KM_ALONE static ssize_t recv_one(struct km_file *f, int fd, const struct iovec *iov,
 				 int flags)
@@ -568,9 +571,9 @@ KM_ALONE static ssize_t recv_one(struct km_file *f, int fd, const struct iovec *
 	ssize_t n;
 	int err;
 
-	if (km_unlikely(f->link_state == KM_LINK_HELLO || counts_bytes(f) ||
-			!km_side_enter(f, fd, false, false, &d, &err)))
-		return recv_slowly(f, fd, iov, 1, flags, NULL);
+	before_recv(f, fd);
+	if (km_unlikely(!km_side_enter(f, fd, false, false, &d, &err)))
+		return km_side_refused(f, fd, err, flags);
 	n = recv_at_once(f, d.conn, fd, iov, flags);
 	if (km_unlikely(n == KM_RETRY))
 		return recv_slowly(f, fd, iov, 1, flags, &d);
@@ -578,10 +581,19 @@ KM_ALONE static ssize_t recv_one(struct km_file *f, int fd, const struct iovec *
 	return n;
 }
 
+KM_ALONE static ssize_t recv_any(struct km_file *f, int fd, const struct iovec *iov,
+				 int iovcnt, int flags)
+{
+	if (flags & (MSG_OOB | MSG_ERRQUEUE))
+		return km_kernel_recv(fd, iov, iovcnt, flags);
+	before_recv(f, fd);
+	return recv_slowly(f, fd, iov, iovcnt, flags, NULL);
+}
+
 ssize_t km_recv(struct km_file *f, int fd, const struct iovec *iov, int iovcnt,
 		int flags)
 {
 	return km_likely(iovcnt == 1 && !(flags & ~(MSG_DONTWAIT | MSG_NOSIGNAL)))
 		       ? recv_one(f, fd, iov, flags)
-		       : recv_slowly(f, fd, iov, iovcnt, flags, NULL);
+		       : recv_any(f, fd, iov, iovcnt, flags);
 }

@@ -196,7 +196,7 @@ void km_pipes_move(int fd)
 
 	if (!copies.fd || copies.fd != fd)
 		return;
-	how = km_lock(copies.lock);
+	how = copies_lock();
 	copies.fd = km_fd_hide_copy(fd);
 	km_unlock(copies.lock, how);
 }

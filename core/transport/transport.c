@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "transport/transport.h"
 
+#include "sock/stream.h"
 #include "transport/pipes.h"
 
 const struct km_transport *const km_transports[KM_TRANSPORTS] = {
@@ -37,21 +38,25 @@ void km_transport_drop(struct km_file *f)
 	f->rx_pipe = -1;
 }
 
+/* Gives *pipe, used under that lock, another number.  Whoever moves bytes there now is let
+ * out before the number is the program's. */
+static void move_pipe(struct km_conn *conn, km_a32 *lock, int *pipe)
+{
+	enum km_lock_result how = km_lock(lock);
+
+	*pipe = km_fd_hide_copy(*pipe);
+	/* Nobody knows what whoever died with it has moved. */
+	if (how == KM_LOCK_STOLEN)
+		km_stream_reset(conn);
+	km_unlock(lock, how);
+}
+
 void km_transport_move_pipes(struct km_file *f, int fd)
 {
-	enum km_lock_result how;
-
-	/* Whoever moves bytes there now is let out before the number is the program's. */
-	if (f->conn && f->tx_pipe == fd) {
-		how = km_lock(&f->conn->tx_lock);
-		f->tx_pipe = km_fd_hide_copy(fd);
-		km_unlock(&f->conn->tx_lock, how);
-	}
-	if (f->conn && f->rx_pipe == fd) {
-		how = km_lock(&f->conn->rx_lock);
-		f->rx_pipe = km_fd_hide_copy(fd);
-		km_unlock(&f->conn->rx_lock, how);
-	}
+	if (f->conn && f->tx_pipe == fd)
+		move_pipe(f->conn, &f->conn->tx_lock, &f->tx_pipe);
+	if (f->conn && f->rx_pipe == fd)
+		move_pipe(f->conn, &f->conn->rx_lock, &f->rx_pipe);
 }
 
 void km_transport_move(int fd)
