@@ -144,7 +144,8 @@ def need_packages() -> None:
     except ImportError as error:
         raise CannotRun(
             f"the Python package {error.name} is not installed: "
-            "pip install 'kmap[kubernetes]'"
+            "pip install 'kmap[kubernetes]' (in the source tree, "
+            "pip install '.[kubernetes]')"
         ) from error
 
 
