@@ -27,6 +27,8 @@ POLICY_ERROR = 256
 LIBRARY_NAME = "libkmap.so"
 PRELOAD_NAME = "libkmap_preload.so"
 MUSL_NAME = "libkmap_preload-musl.so"
+# A process has one of them, or both and one of them at work.
+PRELOAD_NAMES = (PRELOAD_NAME, MUSL_NAME)
 BENCH_NAME = "kmap-bench"
 
 ChannelPointer = ctypes.c_void_p

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kmap import wire
-from kmap.native import PRELOAD_NAME
+from kmap.native import PRELOAD_NAMES
 from kmap.wire import Endpoint
 
 STATISTICS_LINK = "/memfd:kmap-stats"
@@ -100,17 +100,18 @@ def _read(path: str) -> bytes:
 
 
 def has_library(pid: int) -> bool:
-    """Whether the preload library is mapped into the process."""
-    name = f"/{PRELOAD_NAME}".encode()
+    """Whether a preload library is mapped into the process, for whichever libc."""
+    names = [f"/{name}".encode() for name in PRELOAD_NAMES]
+    longest = max(map(len, names))
     tail = b""
     try:
         # A replaced file is listed with " (deleted)" behind its name.  A process with
         # many connections has many mappings before it, and after it.
         with open(f"/proc/{pid}/maps", "rb", buffering=0) as maps:
             while part := maps.read(_MAPS_PART):
-                if name in tail + part:
+                if any(name in tail + part for name in names):
                     return True
-                tail = part[-len(name) :]
+                tail = part[-longest:]
     except OSError:
         pass
     return False

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from kmap import native, procfs, wire
-from kmap.launch import environment, transport
+from kmap.launch import environment, library_for, transport
 from kmap.policy import arguments
 from kmap.results import (
     CannotRun,
@@ -189,7 +189,9 @@ def run(args: argparse.Namespace) -> NoReturn:
         options["KMAP_LOG"] = args.log
     if (policy := _policy(args)) is not None:
         options["KMAP_POLICY"] = policy
-    env = environment(_initial_environment(), options=options)
+    env = environment(
+        _initial_environment(), options=options, preload=library_for(cmd[0])
+    )
     if args.stats or args.json:
         _run_with_statistics(cmd, env, as_json=args.json)
     _execute(cmd, env)

@@ -6,8 +6,9 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from pathlib import Path
 
 from kmap import native
 from kmap.doctor import elf
@@ -20,9 +21,14 @@ GLIBC_NAMES = re.compile(
     r"|nss_.*))\.so\.[0-9]+"
 )
 _LOADER_NAMES = re.compile(r"(ld-linux.*|ld64|ld-[0-9].*)\.so\.[0-9]+")
+# musl is one file, its loader and its libc, under these names.
+_MUSL_NAMES = re.compile(r"ld-musl-.*\.so\.1|libc\.musl-.*\.so\.1|libc\.so")
 _LINE = re.compile(r"\t\S+ => (?P<path>.+) \(0x[0-9a-f]+\)")
-# It stops at the first that it does not find.
-_MISSING = re.compile(r"error while loading shared libraries: (?P<name>[^:\n]+):")
+# glibc's stops at the first that it does not find; musl's says more in its own words.
+_MISSING = re.compile(
+    r"(error while loading shared libraries: |Error loading shared library )"
+    r"(?P<name>[^:\n]+):"
+)
 _LOADER_TIMEOUT_S = 10
 
 
@@ -46,6 +52,10 @@ def is_musl_loader(interpreter: str) -> bool:
     return os.path.basename(interpreter).startswith("ld-musl-")
 
 
+def _of_libc(name: str) -> bool:
+    return bool(GLIBC_NAMES.fullmatch(name) or _MUSL_NAMES.fullmatch(name))
+
+
 def _trusted(path: str) -> bool:
     """Whether it may be run: a loader of the system, or of the caller."""
     try:
@@ -66,7 +76,7 @@ def read_all(paths: list[str], missing: tuple[str, ...] = ()) -> Libraries:
             continue
         if os.path.basename(path) == "libc.so.6":
             libc = library
-        elif not GLIBC_NAMES.fullmatch(os.path.basename(path)):
+        elif not _of_libc(os.path.basename(path)):
             found.append(library)
     return Libraries(tuple(found), missing, libc)
 
@@ -74,7 +84,9 @@ def read_all(paths: list[str], missing: tuple[str, ...] = ()) -> Libraries:
 def find(program: Elf) -> Libraries:
     """Asks the program's own loader; the program is not run."""
     loader = program.interpreter
-    if loader is None or not is_glibc_loader(loader) or not _trusted(loader):
+    if loader is None or not _trusted(loader):
+        return Libraries((), (), None)
+    if not is_glibc_loader(loader) and not is_musl_loader(loader):
         return Libraries((), (), None)
     env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     try:
@@ -96,10 +108,26 @@ def find(program: Elf) -> Libraries:
     return read_all([match["path"] for match in lines if match])
 
 
-@cache
-def preload() -> Elf | None:
-    """The preload library itself; None if it is not there or is no ELF file."""
+def _read_or_none(path: Callable[[], Path]) -> Elf | None:
     try:
-        return elf.read(str(native.preload_path()))
+        return elf.read(str(path()))
     except (CannotRun, CommandFailed, NotElf):
         return None
+
+
+def preload() -> Elf | None:
+    """The preload library for glibc; None if it is not there or is no ELF file."""
+    return _read_or_none(native.preload_path)
+
+
+def musl_preload() -> Elf | None:
+    """The preload library for musl; None if it is not there or is no ELF file."""
+    return _read_or_none(native.musl_path)
+
+
+def preload_for(program: Elf) -> Elf | None:
+    """The preload library that is made for the libc of the program."""
+    loader = program.interpreter
+    if loader is not None and is_musl_loader(loader):
+        return musl_preload()
+    return preload()

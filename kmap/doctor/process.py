@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
+import platform
 import re
 import resource
 import struct
@@ -19,10 +20,15 @@ from kmap import native, procfs, snapshot, wire
 from kmap.doctor import elf, envoy, host
 from kmap.doctor.check import Check, Subject
 from kmap.doctor.elf import Elf, NotElf
-from kmap.doctor.libraries import Libraries, preload, read_all
+from kmap.doctor.libraries import (
+    Libraries,
+    is_musl_loader,
+    preload_for,
+    read_all,
+)
 from kmap.doctor.preloading import closed_part, remedies
 from kmap.doctor.program import calls, glibc, linking, malloc
-from kmap.native import PRELOAD_NAME
+from kmap.native import MUSL_NAME, PRELOAD_NAME, PRELOAD_NAMES
 from kmap.policy.rules import INLINE
 from kmap.results import CommandFailed
 from kmap.snapshot import Connection
@@ -31,6 +37,10 @@ from kmap.snapshot import Connection
 _AT_SECURE = 23
 _IO_URING_LINK = "anon_inode:[io_uring]"
 _DELETED = " (deleted)"
+# What glibc's loader replaces by the name of its system's directory of libraries.
+_LIB = re.compile(r"\$(LIB\b|\{LIB\})")
+# The commands that print where a library is.
+_PATH = {PRELOAD_NAME: "kmap path", MUSL_NAME: "kmap path --musl"}
 _TOP_REASONS = 3
 _POLICY_MOST = 64 * 1024 + 1
 # A connection with one of these is where it belongs.
@@ -40,6 +50,10 @@ _HARMLESS = frozenset({"", "not-hot", "peer-remote", "half-closed"})
 def _read(pid: int, name: str) -> bytes:
     with open(f"/proc/{pid}/{name}", "rb") as file:
         return file.read()
+
+
+def _name(path: str) -> str:
+    return os.path.basename(path.removesuffix(_DELETED))
 
 
 @dataclass(frozen=True)
@@ -74,13 +88,21 @@ class Running:
         """The name by which we reach a file that it knows as path."""
         return f"/proc/{self.pid}/root{path}"
 
-    @property
+    @cached_property
+    def library_name(self) -> str:
+        """What the preload library for its libc is called."""
+        loader = self.binary.interpreter
+        return MUSL_NAME if loader and is_musl_loader(loader) else PRELOAD_NAME
+
+    @cached_property
     def library(self) -> str | None:
-        """The preload library in its memory, as it is named there."""
-        for path in self.mapped:
-            if path.removesuffix(_DELETED).endswith(f"/{PRELOAD_NAME}"):
-                return path
-        return None
+        """The preload library in its memory, as it is named there.
+
+        Of two the one for its libc; the other is there for programs that it starts.
+        """
+        found = [path for path in self.mapped if _name(path) in PRELOAD_NAMES]
+        found.sort(key=lambda path: _name(path) != self.library_name)
+        return found[0] if found else None
 
     @cached_property
     def binary(self) -> Elf:
@@ -94,9 +116,14 @@ class Running:
     @cached_property
     def libraries(self) -> Libraries:
         """All that is in its memory now, what it loaded as it ran with the rest."""
-        own = {self.executable, self.library}
         root = self.inside("")
-        read = read_all([root + path for path in self.mapped if path not in own])
+        read = read_all(
+            [
+                root + path
+                for path in self.mapped
+                if path != self.executable and _name(path) not in PRELOAD_NAMES
+            ]
+        )
         return Libraries(
             tuple(replace(each, path=each.path[len(root) :]) for each in read.found),
             read.missing,
@@ -163,18 +190,34 @@ def _program(running: Running) -> Check:
     return running.subject.ok("program", found)
 
 
+def _place(entry: str, running: Running) -> str:
+    """The file that the loader looks for; deploy/init/install.c is about $LIB."""
+    if running.library_name == MUSL_NAME:
+        return entry
+    for part in ("lib64", f"lib/{platform.machine()}-linux-gnu", "lib"):
+        path = _LIB.sub(part, entry)
+        if os.path.exists(running.inside(path)):
+            return path
+    return entry
+
+
 def _preloaded(running: Running) -> list[str]:
-    """What of its LD_PRELOAD is this library, wherever it was to be."""
+    """What of its LD_PRELOAD is the library for its libc, wherever it was to be."""
     entries = re.split(r"[\s:]+", running.environment.get("LD_PRELOAD", ""))
-    return [entry for entry in entries if os.path.basename(entry) == PRELOAD_NAME]
+    return [
+        _place(entry, running)
+        for entry in entries
+        if os.path.basename(entry) == running.library_name
+        or (_LIB.search(entry) and os.path.basename(entry) in PRELOAD_NAMES)
+    ]
 
 
 def _start_again(found: str, running: Running) -> Check:
     return running.subject.cannot(
         "library",
         found,
-        'start it again with kmap run -- CMD, or with LD_PRELOAD="$(kmap path)" in its '
-        "environment",
+        "start it again with kmap run -- CMD, or with "
+        f'LD_PRELOAD="$({_PATH[running.library_name]})" in its environment',
     )
 
 
@@ -242,13 +285,19 @@ def _library(running: Running) -> Check:
         return subject.cannot(
             "library", f"loaded: {path}; {loader.found}", loader.remedy
         )
+    if _name(path) != running.library_name:
+        return _start_again(
+            f"loaded: {path}, which forwards every call: it is for another libc than "
+            f"{running.binary.interpreter}",
+            running,
+        )
     if path.endswith(_DELETED):
         return subject.limited(
             "library",
             f"loaded: {path}: the file was replaced or removed since",
             "start it again to get the one that is installed",
         )
-    installed = preload()
+    installed = preload_for(running.binary)
     with contextlib.suppress(OSError):
         if installed is not None and not os.path.samefile(
             running.inside(path), installed.path
@@ -372,7 +421,7 @@ def _checks(running: Running, connections: tuple[Connection, ...]) -> list[Check
     if not running.binary.static:
         found.append(glibc(running.libraries.libc, subject))
     found.append(calls(running.binary, running.libraries, subject, running=True))
-    if running.libraries.libc is not None:
+    if not running.binary.static:
         found.append(malloc(running.binary, running.libraries, subject))
     found += [
         host.seccomp(

@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from kmap import native
 from kmap.demo.programs import find_path
 from kmap.doctor import elf, envoy
-from kmap.doctor.check import Check, Subject
+from kmap.doctor.check import Check, State, Subject
 from kmap.doctor.elf import Elf, NotElf
 from kmap.doctor.libraries import (
     Libraries,
     find,
     is_glibc_loader,
     is_musl_loader,
+    musl_preload,
     preload,
+    preload_for,
 )
 from kmap.results import CommandFailed
 
@@ -77,14 +79,12 @@ _CAPABILITIES = [
     "checkpoint_restore",
 ]
 
-_NOT_GLIBC = (
-    "run a build of it for glibc; as it is it works, and all its connections stay on "
-    "the kernel"
+_UNKNOWN = (
+    "run a build of it for glibc or musl; as it is it works, and all its connections "
+    "stay on the kernel"
 )
-_MUSL = (
-    'start it with LD_PRELOAD="$(kmap path --musl)" instead of kmap run '
-    "(kmap help musl)"
-)
+_NO_MUSL = "apt-get install musl-tools, and then install the package again"
+_WITHOUT_RUN = 'where kmap run cannot be used: LD_PRELOAD="$(kmap path --musl)"'
 _GO = "nothing to be done: it works, and its connections stay on the kernel"
 _NO_LOADER = (
     "link it dynamically; as it is it works, and all its connections stay on the kernel"
@@ -190,7 +190,7 @@ def _file(program: Program, subject: Subject) -> Check:
 
 
 def _machine(binary: Elf, subject: Subject) -> Check | None:
-    library = preload()
+    library = preload_for(binary)
     if library is None or binary.machine == library.machine:
         return None
     return subject.cannot(
@@ -201,7 +201,7 @@ def _machine(binary: Elf, subject: Subject) -> Check | None:
 
 
 def linking(binary: Elf, subject: Subject) -> Check:
-    """Whether a dynamic loader that knows the library starts the program."""
+    """Whether a dynamic loader for which there is a library starts the program."""
     loader = binary.interpreter
     if loader is None:
         return subject.cannot(
@@ -210,13 +210,13 @@ def linking(binary: Elf, subject: Subject) -> Check:
             _NO_LOADER if binary.go is None else _GO,
         )
     if is_musl_loader(loader):
-        return subject.cannot(
-            "loader",
-            f"{loader}: musl, where the library for glibc forwards every call",
-            _MUSL,
-        )
+        if musl_preload() is None:
+            return subject.cannot(
+                "loader", f"{loader}: musl, and the library for it is missing", _NO_MUSL
+            )
+        return subject.ok("loader", f"{loader} (musl)", _WITHOUT_RUN)
     if not is_glibc_loader(loader):
-        return subject.cannot("loader", f"{loader}: not glibc's", _NOT_GLIBC)
+        return subject.cannot("loader", f"{loader}: not glibc's or musl's", _UNKNOWN)
     return subject.ok("loader", f"{loader} (glibc)")
 
 
@@ -325,7 +325,7 @@ def malloc(binary: Elf, libraries: Libraries, subject: Subject) -> Check:
     own = [each.path for each in (binary, *libraries.found) if each.own_malloc]
     if own:
         return subject.ok("malloc", f"its own, in {', '.join(own)}; any will do")
-    return subject.ok("malloc", "glibc's")
+    return subject.ok("malloc", "libc's")
 
 
 def _io_uring(binary: Elf, libraries: Libraries, subject: Subject) -> Check:
@@ -352,7 +352,7 @@ def _checks_of(
     binary: Elf, subject: Subject, *, envoy_config: str | None
 ) -> list[Check | None]:
     libraries = find(binary)
-    if binary.interpreter is None or not is_glibc_loader(binary.interpreter):
+    if linking(binary, subject).state is State.CANNOT:
         return [calls(binary, libraries, subject)]
     found = [
         _libraries(libraries, subject),

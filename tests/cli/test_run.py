@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from kmap import launch, native
+from tests.apps.process import find_program
 from tests.cli.peers import KMAP, Spawn, kmap, python, start, wait_until
 
 RUN = (*KMAP, "run", "--")
@@ -46,6 +47,24 @@ def test_so_is_a_signal_that_ends_it(
 ) -> None:
     done = kmap("run", *options, "--", "sh", "-c", f"kill -{number} $$", env=kernel_env)
     assert done.returncode == -number
+
+
+@pytest.mark.parametrize("script", [False, True])
+def test_a_program_on_musl_gets_its_library(
+    script: bool, kernel_env: dict[str, str], tmp_path: Path
+) -> None:
+    compiler = find_program("musl-gcc")
+    source = "#include <stdio.h>\n#include <stdlib.h>\n"
+    source += 'int main(void) { return puts(getenv("LD_PRELOAD")) < 0; }'
+    program = tmp_path / "program"
+    command = [compiler, "-x", "c", "-", "-o", str(program)]
+    subprocess.run(command, input=source, text=True, check=True)
+    if script:
+        (tmp_path / "script").write_text(f"#! {program} argument\n")
+        program = tmp_path / "script"
+        program.chmod(0o755)
+    done = kmap("run", "--", str(program), env=kernel_env)
+    assert done.stdout == f"{native.musl_path()}\n"
 
 
 def test_it_becomes_the_program(spawn: Spawn, kernel_env: dict[str, str]) -> None:

@@ -152,24 +152,43 @@ def test_two_transports(begin: Begin, kmap_env: dict[str, str]) -> None:
     assert found["transport"].state is State.CANNOT
 
 
-@pytest.mark.parametrize(
-    ("compiler", "flags", "word"),
-    [("gcc", ["-static"], "static"), ("musl-gcc", [], "musl")],
-)
-def test_static_and_musl(
-    compiler: str,
-    flags: list[str],
-    word: str,
-    begin: Begin,
-    kmap_env: dict[str, str],
-    tmp_path: Path,
-) -> None:
-    path = tmp_path / "program"
+def waiting(compiler: str, directory: Path, *flags: str) -> Path:
+    """A program that waits to be ended."""
+    path = directory / f"waits-{compiler}"
     command = [find_program(compiler), "-x", "c", "-", "-o", str(path), *flags]
     subprocess.run(command, input=_C_WAIT, text=True, check=True)
-    found = checks(begin([path], kmap_env))["library"]
-    assert found.state is State.CANNOT
-    assert word in found.found
+    return path
+
+
+def test_static(begin: Begin, kmap_env: dict[str, str], tmp_path: Path) -> None:
+    found = refusal(begin([waiting("gcc", tmp_path, "-static")], kmap_env))
+    assert "static" in found.found
+
+
+@pytest.mark.parametrize("libc", ["glibc", "musl"])
+@pytest.mark.parametrize("preloaded", ["glibc", "musl", "both"])
+def test_libraries_for_two_libcs(
+    libc: str,
+    preloaded: str,
+    begin: Begin,
+    kernel_env: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    """The library at work is the one for the program's libc; its end is named."""
+    path = waiting({"glibc": "gcc", "musl": "musl-gcc"}[libc], tmp_path)
+    libraries = {"glibc": native.preload_path(), "musl": native.musl_path()}
+    named = list(libraries) if preloaded == "both" else [preloaded]
+    value = ":".join(str(libraries[each]) for each in named)
+    pid = begin([path], {**kernel_env, "LD_PRELOAD": value})
+    library = checks(pid)["library"]
+    if libc in named:
+        assert library.state is State.OK
+        assert library.found == f"loaded: {libraries[libc]}"
+    else:
+        assert library.state is State.CANNOT
+        assert "another libc" in library.found
+        command = "kmap path --musl" if libc == "musl" else "kmap path"
+        assert f"$({command})" in library.remedy
 
 
 def test_setcap(begin: Begin, kmap_env: dict[str, str], public_path: Path) -> None:
@@ -219,6 +238,25 @@ def test_what_the_loader_refuses(
         python(), {**kernel_env, "LD_PRELOAD": named}, stderr=subprocess.DEVNULL
     )
     assert word in refusal(pid).found
+
+
+def test_a_library_named_for_either_libc(
+    begin: Begin, kernel_env: dict[str, str], tmp_path: Path
+) -> None:
+    """As containers have it in Kubernetes: the loader knows what $LIB is."""
+    named = f"{tmp_path}/$LIB/{native.PRELOAD_NAME}"
+    env = {**kernel_env, "LD_PRELOAD": named}
+    programs = [python(), [str(waiting("musl-gcc", tmp_path))]]
+    for argv in programs:
+        pid = begin(argv, env, stderr=subprocess.DEVNULL)
+        assert f"there is no {named}" in refusal(pid).found
+    for directory in ("lib64", "$LIB"):
+        (tmp_path / directory).mkdir()
+        path = tmp_path / directory / native.PRELOAD_NAME
+        path.write_text("no library")
+    for argv, directory in zip(programs, ("lib64", "$LIB"), strict=True):
+        pid = begin(argv, env, stderr=subprocess.DEVNULL)
+        assert f"{directory}/{native.PRELOAD_NAME}: not an" in refusal(pid).found
 
 
 def test_a_library_out_of_reach(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from kmap import native
 from kmap.demo.programs import find_envoy
 from kmap.doctor import elf, program
 from kmap.doctor.check import Check, State, Subject, worst
@@ -21,6 +22,7 @@ from kmap.doctor.libraries import preload
 from kmap.results import CommandFailed
 from tests.apps.process import PROGRAMS as APP_PROGRAMS
 from tests.apps.process import find_program
+from tests.cli.peers import KMAP
 from tests.doctor.diagnosis import PROGRAMS, diagnose
 
 _MAIN = "int main(void) { return 0; }"
@@ -103,7 +105,7 @@ def test_go(source: str, static: bool, tmp_path: Path) -> None:
         ("gcc", ["-static"], "static"),
         ("gcc", ["-static-pie"], "static"),
         ("musl-gcc", ["-static"], "static"),
-        ("musl-gcc", [], "musl, where the library for glibc forwards"),
+        ("musl-gcc", [], None),
         ("gcc", [], None),
     ],
 )
@@ -111,18 +113,22 @@ def test_it_is_right(
     compiler: str,
     flags: list[str],
     word: str | None,
-    kmap_env: dict[str, str],
+    kernel_env: dict[str, str],
     tmp_path: Path,
 ) -> None:
-    """A program goes to a ring if, and only if, doctor says that it can."""
+    """Under kmap run it goes to a ring if, and only if, doctor says that it can."""
     source = (APP_PROGRAMS / "many_calls.c").read_text()
     flags = [*flags, "-D_GNU_SOURCE", "-pthread"]
     path = _compile(tmp_path / "program", source, *flags, compiler=compiler)
     checks = program.check(str(path))
-    done = subprocess.run([path], env=kmap_env, text=True, capture_output=True)
+    command = [*KMAP, "run", "--", str(path)]
+    done = subprocess.run(command, env=kernel_env, text=True, capture_output=True)
     able = worst(checks) is not State.CANNOT
     assert f"on a ring: {int(able)}" in done.stdout
-    if word is None:
+    if compiler == "musl-gcc" and word is None:
+        assert _states(checks) == {n: s for n, s in _OK.items() if n != "glibc"}
+        assert "(musl)" in _of(checks, "loader").found
+    elif word is None:
         assert _states(checks) == _OK
     else:
         loader = _of(checks, "loader")
@@ -212,6 +218,36 @@ def test_io_uring_of_a_library(tmp_path: Path) -> None:
     found = _of(program.check(str(path)), "io_uring")
     assert found.state is State.LIMITED
     assert "liburing.so.2" in found.found
+
+
+def test_musl_without_a_library_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = _compile(tmp_path / "program", _MAIN, compiler="musl-gcc")
+    (tmp_path / "lib").mkdir()
+    shutil.copy(native.preload_path(), tmp_path / "lib")
+    monkeypatch.setenv("KMAP_LIB_DIR", str(tmp_path / "lib"))
+    loader = _of(program.check(str(path)), "loader")
+    assert loader.state is State.CANNOT
+    assert "the library for it is missing" in loader.found
+    assert "musl-tools" in loader.remedy
+
+
+def test_libraries_of_a_program_on_musl(tmp_path: Path) -> None:
+    """Its own loader finds them, or says what is missing."""
+    source = "#include <sys/socket.h>\nint outer(void) { return socket(1, 1, 0); }"
+    library = tmp_path / "libouter.so"
+    _compile(library, source, "-shared", "-fPIC", compiler="musl-gcc")
+    main = "int outer(void); int main(void) { return outer(); }"
+    flags = [f"-Wl,-rpath,{tmp_path}", f"-L{tmp_path}", "-louter"]
+    path = _compile(tmp_path / "program", main, *flags, compiler="musl-gcc")
+    found = program.check(str(path))
+    assert "socket and 0 other" in _of(found, "system calls").found
+    assert _of(found, "malloc").found == "libc's"
+    library.unlink()
+    missing = _of(program.check(str(path)), "libraries")
+    assert missing.state is State.LIMITED
+    assert "libouter.so" in missing.found
 
 
 def test_an_old_glibc() -> None:

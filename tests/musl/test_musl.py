@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kmap import native, procfs
+from kmap import native, procfs, snapshot
 from tests.apps.process import PROGRAMS as APPS
 from tests.apps.process import Launch, find_program
 from tests.apps.rings import Rings, rings
@@ -158,5 +158,9 @@ def test_tools_see_it(
     assert statistics is not None
     (row,) = statistics.rows
     assert row.ring_tx_bytes > 0
+    seen = snapshot.connections(include_kernel=True, pids={asking.pid, serving.pid})
+    assert [each.state for each in seen] == ["ring", "ring"]
+    processes, _ = procfs.survey()
+    assert {asking.pid, serving.pid} <= {each.pid for each in processes}
     asking.finish()
     serving.finish()
