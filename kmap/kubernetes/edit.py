@@ -31,7 +31,7 @@ class CannotEdit(Exception):
 
 
 # What reads as the same string by YAML 1.1 and 1.2 without quotes.
-_PLAIN = re.compile(r"[A-Za-z/][\w./-]*(:[\w./-]+)*|[0-9]+(m|[KMG]i)")
+_PLAIN = re.compile(r"[A-Za-z/][\w./$-]*(:[\w./$-]+)*|[0-9]+(m|[KMG]i)")
 _NOT_STRINGS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
 
 
@@ -305,7 +305,7 @@ class _Editor:
             return None
         inner = raw[len(quote) : len(raw) - len(quote)]
         old = str(node.value)
-        if value.startswith(old) and re.fullmatch(r"[\w./:-]*", value[len(old) :]):
+        if value.startswith(old) and re.fullmatch(r"[\w./:$-]*", value[len(old) :]):
             return quote + inner + value[len(old) :] + quote
         cut = old.removeprefix(value)
         if old.startswith(value) and cut and inner.endswith(cut):

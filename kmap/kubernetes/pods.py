@@ -36,7 +36,8 @@ INIT_CONTAINER = "kmap-init"
 KEPT = "KMAP_INIT_KEPT"
 VOLUME = "kmap-library"
 MOUNT_PATH = "/kmap"
-LIBRARY = f"{MOUNT_PATH}/{native.PRELOAD_NAME}"
+# $LIB is for the loader: deploy/init/install.c says how that serves glibc and musl.
+LIBRARY = f"{MOUNT_PATH}/$LIB/{native.PRELOAD_NAME}"
 
 # For pods that ask for root; any other user id works too.  The image's own user.
 _USER = 65532

@@ -9,6 +9,7 @@ container is started.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -18,10 +19,19 @@ from pathlib import Path
 import pytest
 
 from kmap import native
+from tests.apps.process import PROGRAMS
 from tests.cli.peers import Spawn, kmap_json, start
 
 ROOT = Path(__file__).parents[2]
-LIBRARY = native.PRELOAD_NAME
+LIBRARY, MUSL = native.PRELOAD_NAMES
+LIBRARIES = [f"/{LIBRARY}", f"/{MUSL}"]
+# What $LIB is, and the library for that: of glibc on Debian and elsewhere, of musl.
+LINKS = {
+    "lib": LIBRARY,
+    f"lib/{platform.machine()}-linux-gnu": LIBRARY,
+    "lib64": LIBRARY,
+    "$LIB": MUSL,
+}
 SOMEBODY = 12345
 HELLO = r"""
 #include <stdio.h>
@@ -96,7 +106,7 @@ def image(folder: Path) -> Path:
     assert '"User": "65532:65532"' in config
     entry = re.search(r'"Entrypoint": \[([^]]*)\]', config)
     assert entry is not None
-    assert re.findall(r'"([^"]*)"', entry[1]) == ["/kmap-install", f"/{LIBRARY}"]
+    assert re.findall(r'"([^"]*)"', entry[1]) == ["/kmap-install", *LIBRARIES]
     container = buildah(folder, "from", "--pull-never", "kmap-init")
     return Path(buildah(folder, "mount", container))
 
@@ -109,49 +119,72 @@ def test_the_init_image(
         pytest.skip("buildah is not installed: apt-get install buildah")
     root = image(tmp_path)
     files = sorted(p.name for p in root.iterdir() if p.is_file())
-    assert files == ["kmap-install", LIBRARY]
+    assert files == ["kmap-install", MUSL, LIBRARY]
     # What Kubernetes does: an empty directory that everybody may write.
     volume = root / "kmap"
     volume.mkdir()
     volume.chmod(0o777)
-    command = ["/kmap-install", f"/{LIBRARY}"]
+    command = ["/kmap-install", *LIBRARIES]
     done = in_root(root, [*command, "/kmap"])
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    copy = volume / LIBRARY
-    assert [path.name for path in volume.iterdir()] == [LIBRARY]
-    assert copy.read_bytes() == (root / LIBRARY).read_bytes()
-    assert copy.stat().st_mode & 0o7777 == 0o444
-    # It has no need of more than the volume's limit.
-    assert copy.stat().st_size < 2 << 20
+    there = sorted(str(path.relative_to(volume)) for path in volume.rglob("*"))
+    for name in (LIBRARY, MUSL):
+        copy = volume / name
+        assert copy.read_bytes() == (root / name).read_bytes()
+        assert copy.stat().st_mode & 0o7777 == 0o444
+        # It has no need of more than the volume's limit.
+        assert copy.stat().st_size < 2 << 20
+    for directory, name in LINKS.items():
+        link = volume / directory / LIBRARY
+        assert link.resolve() == volume / name
+        assert link.parent.stat().st_mode & 0o7777 == 0o755
+        there.remove(f"{directory}/{LIBRARY}")
+        there.remove(directory)
+    assert there == [MUSL, LIBRARY]
 
     # Again, as when a pod's init containers are run again: another file in its place,
     # so that who has the old one mapped keeps it.
+    copy = volume / LIBRARY
+    before = sorted(volume.rglob("*"))
     with copy.open("rb") as old:
         assert in_root(root, [*command, "/kmap"]).returncode == 0
         assert os.fstat(old.fileno()).st_ino != copy.stat().st_ino
         assert os.fstat(old.fileno()).st_nlink == 0
 
+    both = LIBRARIES
     for words, code, message in (
-        (["/kmap-install"], 2, "usage: kmap-install SOURCE DIRECTORY"),
+        (["/kmap-install"], 2, "usage: kmap-install GLIBC MUSL DIRECTORY"),
         ([*command, "/nowhere"], 1, "cannot make a file in /nowhere: No such file"),
         ([*command, "/"], 1, "cannot make a file in /: Permission denied"),
-        (["/kmap-install", "/x", "/kmap"], 1, "cannot open /x: No such file"),
-        (["/kmap-install", "/", "/kmap"], 1, "cannot"),
+        (["/kmap-install", "/x", both[1], "/kmap"], 1, "cannot open /x: No such file"),
+        (["/kmap-install", both[0], "/x", "/kmap"], 1, "cannot open /x: No such file"),
+        (["/kmap-install", "/", both[1], "/kmap"], 1, "cannot"),
         ([*command, "/" + "x" * 5000], 1, "File name too long"),
     ):
         done = in_root(root, words)
         assert done.returncode == code
         assert message in done.stderr
-    assert [path.name for path in volume.iterdir()] == [LIBRARY]
+    assert sorted(volume.rglob("*")) == before
 
-    # And real programs that have it upgrade.
-    shutil.copy(copy, tmp_path)
-    env = {**kernel_env, "LD_PRELOAD": str(tmp_path / LIBRARY)}
+    # Real programs on either libc load the library for theirs, and upgrade.
+    public = tmp_path / "kmap"
+    shutil.copytree(volume, public, symlinks=True)
+    env = {**kernel_env, "LD_PRELOAD": f"{public}/$LIB/{LIBRARY}"}
     peers = start(spawn, env, env)
     rows = kmap_json("ss", env=kernel_env)["connections"]
     states = {row["state"] for row in rows if row["pid"] == peers.client.pid}
     assert states == {"ring"}
+    maps = Path(f"/proc/{peers.client.pid}/maps").read_text()
+    assert f"/{LIBRARY}" in maps
+    assert f"/{MUSL}" not in maps
     assert peers.finish() == (0, 0)
+    program = tmp_path / "many_calls"
+    flags = ["-D_GNU_SOURCE", "-pthread", "-o", str(program)]
+    source = str(PROGRAMS / "many_calls.c")
+    subprocess.run(["musl-gcc", source, *flags], check=True)
+    done = subprocess.run([program], env=env, text=True, capture_output=True)
+    assert "on a ring: 1" in done.stdout
+    assert done.stderr == ""
 
 
 def musl_root(folder: Path) -> Path:

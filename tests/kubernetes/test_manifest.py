@@ -145,12 +145,12 @@ def test_another_image_or_setting_replaces(file: Path) -> None:
 def test_values_are_appended_in_place() -> None:
     text = injected(read(BY_NAME["pod.yaml"])).text
     line = (
-        "          value: '/usr/lib/libjemalloc.so.2:/kmap/libkmap_preload.so'"
+        "          value: '/usr/lib/libjemalloc.so.2:/kmap/$LIB/libkmap_preload.so'"
         "  # stays in its quotes\n"
     )
     assert line in text
     text = injected(read(BY_NAME["several.yaml"])).text
-    assert '"/a.so /b.so:/kmap/libkmap_preload.so"' in text
+    assert '"/a.so /b.so:/kmap/$LIB/libkmap_preload.so"' in text
 
 
 def test_the_pods_own_word_goes_before_options() -> None:

@@ -160,7 +160,7 @@ def test_a_pod_that_asks_for_it(webhook: Webhook) -> None:
     assert all(has_library(container) for container in containers(pod).values())
     assert set(containers(pod)) == {"reviews", "istio-proxy"}
     assert variables(containers(pod)["reviews"]) == {
-        "LD_PRELOAD": "/usr/lib/libjemalloc.so.2:/kmap/libkmap_preload.so",
+        "LD_PRELOAD": "/usr/lib/libjemalloc.so.2:/kmap/$LIB/libkmap_preload.so",
         "KMAP_SPIN_US": "0",
     }
     assert pod["spec"]["initContainers"][0]["image"] == "registry.example/kmap-init:7"
