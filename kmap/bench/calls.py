@@ -82,7 +82,7 @@ def per_message(workload: Workload, setup: str, place: Place) -> Calls | None:
             [*base, "--count", str(number)],
             place.environments[setup],
             base_env=place.environments["kernel"],
-            group=place.group,
+            group=place.group_of(setup),
         )
         for number in (workload.traced // 4, workload.traced // 4 + workload.traced)
     ]

@@ -22,8 +22,10 @@ from kmap.bench.figures import Sample
 from kmap.bench.workloads import (
     BOUND,
     SETUPS,
+    SOCKMAP,
     Workload,
     other_setups,
+    program_of,
     transport_of,
 )
 from kmap.demo.cpu import HostTime
@@ -44,18 +46,24 @@ class Place:
     environments: Mapping[str, Mapping[str, str]]
     # The file that moves a process into a cgroup.
     group: Path | None = None
+    # The same of the set-up sockmap.
+    joined: Path | None = None
 
     @property
     def used(self) -> frozenset[int]:
         """The CPUs of both ends."""
         return frozenset(self.cpus)
 
+    def group_of(self, setup: str) -> Path | None:
+        """The cgroup of a set-up."""
+        return self.joined if setup == SOCKMAP else self.group
+
 
 def environments(base: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """The environment of the programs in each set-up."""
     plain = launch.without_kmap(base)
     # Settings such as KMAP_RING_SIZE hold for what is measured under Kmap.
-    found = dict.fromkeys((*SETUPS, "kernel"), plain)
+    found = dict.fromkeys((*SETUPS, SOCKMAP, "kernel"), plain)
     found["kmap"] = launch.environment(base)
     for setup in other_setups():
         options = {"KMAP_TRANSPORT": transport_of(setup) or ""}
@@ -65,7 +73,7 @@ def environments(base: Mapping[str, str]) -> dict[str, dict[str, str]]:
 
 def command(workload: Workload, setup: str, place: Place) -> list[str]:
     """The command line of kmap-bench, without how much it is to do."""
-    transport = "tcp" if transport_of(setup) else setup
+    transport = program_of(setup)
     where = ("--server-cpu", str(place.cpus[0]), "--client-cpu", str(place.cpus[1]))
     if setup == BOUND:
         return [str(native.bench_path()), "line", *where]
@@ -177,7 +185,7 @@ def measure(
     with _hogs(workload, place) as hogs:
         before = HostTime.read(place.used)
         hogs_before = machine.process_cpu_s(hogs)
-        ran = run(argv, place.environments[setup], place.group, seconds)
+        ran = run(argv, place.environments[setup], place.group_of(setup), seconds)
         host = HostTime.read(place.used) - before
         own = ran.cpu_s + machine.process_cpu_s(hogs) - hogs_before
     result = ran.result
@@ -240,7 +248,7 @@ def verify(workload: Workload, setup: str, place: Place) -> None:
         argv += ["--seconds", "0.01"]
     else:
         argv += ["--count", str(workload.traced)]
-    run(argv, place.environments[setup], place.group, 0)
+    run(argv, place.environments[setup], place.group_of(setup), 0)
 
 
 def copying(place: Place) -> dict[str, float]:

@@ -57,6 +57,7 @@ def _all() -> tuple[Goal, ...]:
     goals = [
         r(f"{trip}, one CPU, epoll: of TCP", epoll, "p50_us", "tcp", 0.40),
         r(f"{trip}, one CPU, epoll: of Unix", epoll, "p50_us", "unix", 0.65),
+        r(f"{trip}, one CPU, epoll: of a sockmap", epoll, "p50_us", "sockmap", 0.75),
         r(f"{trip}, one CPU, epoll: of pipes", epoll, "p50_us", "pipe fifo", 1.0),
         r(f"{trip}, one CPU, blocking: of TCP", blocking, "p50_us", "tcp", 0.40),
         r(f"{trip}, one CPU, blocking: of pipes", blocking, "p50_us", "pipe fifo", 1.0),

@@ -107,6 +107,31 @@ def quota_of_one_cpu() -> Iterator[Path]:
             group.rmdir()
 
 
+@contextlib.contextmanager
+def new_group() -> Iterator[Path]:
+    """A new cgroup of version 2 without any limit."""
+    with open("/proc/self/mountinfo") as file:
+        mounts = [Path(line.split()[4]) for line in file if " - cgroup2 " in line]
+    if not mounts:
+        raise CannotRun(
+            "no cgroup hierarchy of version 2 is mounted; mount one, for example with: "
+            "mount -t cgroup2 none /sys/fs/cgroup"
+        )
+    group = mounts[0] / f"kmap-bench-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        raise CannotRun(
+            f"{error.filename}: {error.strerror}: run this as root, where cgroups may "
+            "be made"
+        ) from error
+    try:
+        yield group
+    finally:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+
+
 def inside(group: Path | None, argv: Sequence[str]) -> list[str]:
     """The command line that starts argv in a cgroup."""
     if group is None:

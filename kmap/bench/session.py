@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from kmap import __version__
-from kmap.bench import apps, calls, driver, figures, goals, machine
+from kmap.bench import apps, calls, driver, figures, goals, machine, sockmap
 from kmap.bench.apps import App
 from kmap.bench.driver import Place
 from kmap.bench.figures import Calls, Outcome, Sample
 from kmap.bench.goals import Judged
-from kmap.bench.workloads import Workload
+from kmap.bench.workloads import SOCKMAP, Workload
 from kmap.results import (
     EXIT_CANNOT_RUN,
     EXIT_FAILED,
@@ -186,15 +186,21 @@ class Session:
         self.environments = driver.environments(plan.environment)
         self.calls_note = calls.unavailable() if plan.calls else "not asked for"
 
-    def place(self, cpus: int, group: Path | None = None) -> Place:
+    def place(
+        self, cpus: int, group: Path | None = None, joined: Path | None = None
+    ) -> Place:
         """Where both ends run."""
         ends = (self.plan.cpus[0], self.plan.cpus[0 if cpus == 1 else 1])
-        return Place(cpus=ends, environments=self.environments, group=group)
+        return Place(
+            cpus=ends, environments=self.environments, group=group, joined=joined
+        )
 
     def _setups(self, offered: Sequence[str]) -> list[str]:
         wanted = self.plan.setups
         if "kmap" in offered:
             offered = (*offered, *self.plan.others)
+        if "pipe" in offered and wanted is not None:
+            offered = (*offered, SOCKMAP)
         return [name for name in offered if wanted is None or name in wanted]
 
     def _need(self, cpus: int) -> None:
@@ -216,8 +222,10 @@ class Session:
         self._need(workload.cpus)
         setups = self._setups(workload.setups)
         counted: dict[str, Calls | None] = {}
-        with self._group(workload) as group:
-            place = self.place(workload.cpus, group)
+        with contextlib.ExitStack() as stack:
+            group = stack.enter_context(self._group(workload))
+            joined = stack.enter_context(sockmap.group()) if SOCKMAP in setups else None
+            place = self.place(workload.cpus, group, joined)
             if self.plan.verify:
                 for setup in setups:
                     driver.verify(workload, setup, place)

@@ -31,6 +31,8 @@ SETUPS = {
     "ring": "a channel of libkmap, without sockets",
     "line": "a cache line that goes back and forth, and carries nothing",
 }
+# TCP, too, and only measured when it is asked for: it takes root, and tools.
+SOCKMAP = "sockmap"
 
 
 # The TCP program under Kmap with another transport than the default one, which has a
@@ -48,6 +50,11 @@ def transport_of(setup: str) -> str | None:
     if setup == "kmap":
         return native.transports()[0].name
     return setup.removeprefix(_OTHER) if setup.startswith(_OTHER) else None
+
+
+def program_of(setup: str) -> str:
+    """What kmap-bench is told to use in a set-up."""
+    return "tcp" if transport_of(setup) or setup == SOCKMAP else setup
 
 
 @dataclass(frozen=True)

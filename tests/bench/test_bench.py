@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from kmap import native
-from kmap.bench import apps, compare, goals, plot, session, tables
+from kmap import native, procfs
+from kmap.bench import apps, compare, goals, plot, session, sockmap, tables
 from kmap.bench.compare import Comparison
 from kmap.bench.figures import (
     Outcome,
@@ -69,6 +69,39 @@ def row(path: Path, workload: str, setup: str) -> dict[str, Any]:
     rows = {each["setup"]: each for each in found["rows"]}
     result: dict[str, Any] = rows[setup]
     return result
+
+
+def test_a_sockmap() -> None:
+    """Measured where it is named; what it takes from the host is given back."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may load eBPF programs")
+    find_program("bpftool")
+    before = Path("/proc/self/mountinfo").read_text().splitlines()
+    workload = "pingpong-64-epoll-1cpu"
+    document = bench(*BRIEF, "--setups", "tcp,sockmap,kmap", workload)
+    (outcome,) = (w for w in document["workloads"] if w["workload"] == workload)
+    rows = {each["setup"]: each for each in outcome["rows"]}
+    assert set(rows) == {"tcp", "sockmap", "kmap"}
+    # The same calls as without; what they do in the kernel is less.
+    assert rows["sockmap"]["calls"]["per_message"] == pytest.approx(6, abs=0.1)
+    ratio = rows["sockmap"]["ratios"]["cpu_us_per_message"]["median"]
+    assert ratio < 0.95
+    goal = "64 B round trip, one CPU, epoll: of a sockmap"
+    assert goal in {each["text"] for each in document["goals"]}
+    after = Path("/proc/self/mountinfo").read_text().splitlines()
+    assert not [line for line in after if " - bpf " in line and line not in before]
+    for line in after:
+        if " - cgroup2 " in line:
+            for group in Path(line.split()[4]).glob("kmap-bench-*"):
+                # One of a test that runs beside this one.
+                assert procfs.exists(int(group.name.rpartition("-")[2]))
+
+
+def test_a_sockmap_without_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sockmap, "_PLACES", "/nowhere")
+    with pytest.raises(CannotRun, match="apt-get install clang"):
+        with sockmap.group():
+            pass
 
 
 def test_every_set_up_is_measured(measured: Path) -> None:
