@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compose example: its file is valid, and its two programs talk by ring.
 
-There is no container engine here.  Its programs run, with its files and environment, in
-a network namespace of their own as the two containers do; not tested is that the
-images have glibc and start these programs.
+Its programs run, with its files and environment, in a network namespace of their own as
+the two containers do.  scripts/containers has an engine run the file itself.
 """
 
 from __future__ import annotations
