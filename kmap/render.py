@@ -11,6 +11,7 @@ so that this module imports no command.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -42,6 +43,11 @@ def render(result: Result, console: Console) -> None:
     if renderer is None:
         raise LookupError(f"no renderer is registered for {type(result).__name__}")
     renderer(result, console)
+
+
+def picture(svg: str) -> str:
+    """A picture that rich or textual made, without the fonts that it would fetch."""
+    return re.sub(r"@font-face\s*\{[^}]*\}", "", svg)
 
 
 def byte_count(count: int | None) -> str:

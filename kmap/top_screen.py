@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import signal
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -19,6 +18,7 @@ from kmap.columns import Column, printable
 from kmap.commands.top import COLUMNS, cells
 from kmap.load import ConnectionLoad, Load, Meter, ProcessLoad
 from kmap.render import byte_count
+from kmap.render import picture as without_fonts
 
 # A screen of more is of no use, and takes long to draw.
 MOST_CONNECTIONS = 500
@@ -280,5 +280,4 @@ def picture(interval: float) -> tuple[str, Load]:
     app.run(headless=True, size=_PICTURE_SIZE, auto_pilot=take)
     if not found:
         raise RuntimeError("the screen ended before a picture was taken")
-    # A picture in a document fetches no fonts.
-    return re.sub(r"@font-face\s*\{[^}]*\}", "", found[0]), app.load
+    return without_fonts(found[0]), app.load

@@ -80,7 +80,7 @@ def add_parser(subparsers: SubParsers) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="write the figures there: demo.json and demo.md",
+        help="write the figures there: demo.json, demo.md and the table as demo.svg",
     )
 
 
@@ -97,10 +97,11 @@ def _names(text: str, known: dict[str, object], option: str) -> list[str]:
 
 def _write(result: DemoResult, directory: Path) -> DemoResult:
     directory.mkdir(parents=True, exist_ok=True)
-    files = (directory / "demo.json", directory / "demo.md")
+    files = tuple(directory / f"demo.{kind}" for kind in ("json", "md", "svg"))
     result = dataclasses.replace(result, files=tuple(str(file) for file in files))
     files[0].write_text(json.dumps(result.to_json(), indent=2) + "\n")
     files[1].write_text(figures.markdown(result))
+    files[2].write_text(figures.svg(result))
     return result
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +12,7 @@ from dataclasses import asdict, dataclass
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-from kmap.render import renders
+from kmap.render import picture, renders
 from kmap.results import EXIT_FAILED, EXIT_OK, JsonObject
 
 MINIMUM_RING_SHARE = 0.99
@@ -373,6 +375,15 @@ def markdown(result: DemoResult) -> str:
     return "\n".join(lines) + "\n"
 
 
+def svg(result: DemoResult) -> str:
+    """What the command shows, as a picture."""
+    console = Console(
+        width=_WIDTH, record=True, file=io.StringIO(), force_terminal=True
+    )
+    _show(dataclasses.replace(result, files=()), console)
+    return picture(console.export_svg(title="kmap demo"))
+
+
 def _table(rows: Sequence[Row], headings: Sequence[str]) -> Table:
     table = Table(box=None, pad_edge=False)
     for heading in headings:
@@ -392,11 +403,18 @@ def _table(rows: Sequence[Row], headings: Sequence[str]) -> Table:
 _STYLES = {"kmap": "bold green", "unix": "", "kernel": "dim"}
 
 
+# As wide as the table; a pipe has no width, and wrapping there makes it unreadable.
+_WIDTH = 150
+
+
 @renders(DemoResult)
 def _render(result: DemoResult, console: Console) -> None:
-    # A pipe has no width; wrapping there would make the table unreadable.
     if not console.is_terminal:
-        console = Console(width=150, file=console.file)
+        console = Console(width=_WIDTH, file=console.file)
+    _show(result, console)
+
+
+def _show(result: DemoResult, console: Console) -> None:
     for each in result.bodies:
         verdict = "all equal" if not each.differences else "DIFFERENT"
         ring = f", {each.ring_share:.1%} by ring" if each.setup == "kmap" else ""

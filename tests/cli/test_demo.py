@@ -90,6 +90,9 @@ def test_short_run(demo_env: dict[str, str], tmp_path: Path) -> None:
         assert each["differences"] == []
     assert json.loads((out / "demo.json").read_text())["loads"] == document["loads"]
     assert "http-128" in (out / "demo.md").read_text()
+    picture = (out / "demo.svg").read_text()
+    assert "http-128" in picture
+    assert "font-face" not in picture
 
 
 def _wait_until(condition: Callable[[], bool], what: str) -> None:

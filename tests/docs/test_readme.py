@@ -8,6 +8,7 @@ bash.  A line that is new in the README fails until it is listed here.
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -78,6 +79,24 @@ def test_commands_are_found() -> None:
     found = commands()
     assert "kmap ss -a" in found
     assert len(found) > 15
+
+
+def test_figures_are_those_of_the_picture() -> None:
+    """The short table has what kmap demo showed in the picture beside it."""
+    picture = html.unescape((ROOT / "docs/figures/demo.svg").read_text())
+    shown = re.sub(r"<[^>]*>", " ", picture).replace("\xa0", " ")
+    rows = re.findall(r"^\| (?:HTTP|TCP proxy) .*$", README.read_text(), re.M)
+    assert len(rows) == 4
+    for row in rows:
+        gains = re.findall(r"\d+\.\d\dx", row)
+        assert len(gains) == 2
+        for gain in gains:
+            assert f" {gain}" in shown, row
+        for ms in re.findall(r"(\d+\.\d) ms", row):
+            microseconds = [int(us) for us in re.findall(r"\b(\d+) us\b", shown)]
+            assert ms in {f"{us / 1000:.1f}" for us in microseconds} or (
+                f" {ms} ms" in shown
+            ), row
 
 
 @pytest.mark.parametrize("command", ELSEWHERE)
