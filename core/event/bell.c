@@ -5,7 +5,7 @@
 #include <sys/mman.h>
 
 #include "base/fault_point.h"
-#include "event/event.h"
+#include "event/set.h"
 #include "shm/latch.h"
 #include "sock/stream.h"
 
@@ -77,7 +77,7 @@ int km_set_hear(struct km_set *set, struct km_bell *bell)
 			return 0;
 	if (n == KM_SET_BELLS)
 		return -EUSERS;
-	ev.data.u64 = (uint64_t)km_proc.magic << 32 | 0x80000000u | bell->index;
+	ev.data.u64 = (uint64_t)km_proc.magic << 32 | KM_BELL_COOKIE | bell->index;
 	err = km_sys_epoll_ctl(set->epfd, EPOLL_CTL_ADD, bell->latch, &ev);
 	if (err < 0 && err != -EEXIST)
 		return err;

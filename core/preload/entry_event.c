@@ -86,7 +86,7 @@ static bool get_time(const struct timespec *user, int64_t *ns)
 
 /*
  * Waits on a set: as the kernel does while it holds no upgraded connection, else
- * in event/set.c.  real is the kernel's call.
+ * in event/wait.c.  real is the kernel's call.
  */
 #define WAIT_CALL(epfd, evs, max, timeout_ns, mask, real)                              \
 	do {                                                                           \
