@@ -130,17 +130,30 @@ int km_tx_resend_all(struct km_file *f, struct km_conn *conn, int fd);
 /* Does what is to be done if the consumer has left; no tx_lock held. */
 void km_tx_look(struct km_file *f, struct km_conn *conn, int fd);
 
-/* -- recv.c --------------------------------------------------------------------------- */
+/* -- recv_phase.c: reading, between the kernel and the ring ---------------------------- */
 
 /* The first look at the ring.  False: the producer has taken all back, and it comes by
  * the kernel (phase ENDED). */
 bool km_rx_begin(struct km_conn *conn);
+/* The producer has cut over: how much of its kernel bytes is still to come? */
+ssize_t km_rx_start_drain(struct km_conn *conn, int fd);
+/* Takes notice of a cut-over by the peer. */
+void km_recv_settle(struct km_conn *conn, int fd);
+/* The ring is empty: has the kernel something to say?  -EAGAIN: no; 1: look at the
+ * ring again; 0: end of file; other: error. */
+ssize_t km_rx_ask_kernel(struct km_conn *conn, int fd, int flags);
 /* The kernel says that the peer has ended.  Did it go without a word, leaving bytes unread
  * that the kernel does not know of?  Then it has to look like a reset: true once, and what
  * is sent from then on is refused.  With KM_MSG_MOVED true, and left for the next call. */
 bool km_peer_died(struct km_conn *conn, int fd, int flags);
-/* Takes notice of a cut-over by the peer. */
-void km_recv_settle(struct km_conn *conn, int fd);
+/* The kernel told an end, or was asked for nothing.  A peer that is gone gets no more into
+ * its ring. */
+ssize_t km_rx_kernel_end(struct km_conn *conn, int fd, int flags);
+/*
+ * Back on the kernel: has its stream ended before all came by it that was in the ring?
+ * Whoever was to send it again has died, and it is still where it was.
+ */
+bool km_rx_take_rest(struct km_file *f, struct km_conn *conn, int fd);
 
 /* -- wait.c: sleeping, no direction lock held ----------------------------------------- */
 

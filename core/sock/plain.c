@@ -37,8 +37,8 @@ bool km_plain_begin(struct km_file *f, int fd, struct km_plain *call)
 			}
 			call->f = f;
 			call->generation = f->generation;
-			/* Pairs with switch_begin: either it sees this call, or
-			 * this call sees the switch. */
+			/* Pairs with km_link_switch_begin: either it sees this call,
+			 * or this call sees the switch. */
 			km_add_seq(&f->busy, 1);
 			if (km_likely(km_load_seq(&f->mode) == KM_MODE_PLAIN))
 				return true;
