@@ -63,6 +63,18 @@ def test_load_that_comes_and_goes_is_no_growth() -> None:
     assert _bad(verdicts) == set()
 
 
+def test_connections_that_stay_longer_are_no_growth() -> None:
+    """Where no sample falls between two rounds any more, as on a busy machine."""
+
+    def busier(number: int) -> dict[str, float]:
+        rows = 0 if number % 10 < 4 and number < 250 else 10
+        return {"rows": rows, "fds": 60 + rows, "mappings": 120 + rows}
+
+    assert _bad(_verdicts(busier)) == set()
+    without = _verdicts(lambda n: {**busier(n), "rows": 0})
+    assert _bad(without) == {"fds", "mappings"}
+
+
 def test_growth_until_everything_is_warm_is_no_leak() -> None:
     warm = _verdicts(lambda n: {"pss_kb": 80_000 + min(n, 120) * 200})
     assert _bad(warm) == set()
