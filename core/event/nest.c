@@ -86,6 +86,16 @@ static void stash(struct km_set *set, const struct epoll_event *ev)
 	set->stash[set->stashed++] = *ev;
 }
 
+/* Set's lock held. */
+static void arm_for_good(struct km_set *set, uint32_t bells)
+{
+	if (set->watched)
+		return;
+	set->watched = true;
+	for (uint32_t i = 0; i < bells; i++)
+		km_bell_arm(set->bell[i]);
+}
+
 bool km_set_look(struct km_set *set, int epfd)
 {
 	struct epoll_event evs[KM_SET_STASH];
@@ -97,11 +107,7 @@ bool km_set_look(struct km_set *set, int epfd)
 	if (km_unlikely(set->inners))
 		km_set_watch_inner(set);
 	how = km_lock(&set->lock);
-	if (!set->watched) {
-		set->watched = true;
-		for (uint32_t i = 0; i < bells; i++)
-			km_bell_arm(set->bell[i]);
-	}
+	arm_for_good(set, bells);
 	km_unlock(&set->lock, how);
 	km_set_ring_again(set);
 	/* Edges of our own make the set readable though the program would find
@@ -151,10 +157,6 @@ void km_set_watch(struct km_set *set, int epfd)
 	}
 	how = km_lock(&set->lock);
 	bells = km_load_seq(&set->bells);
-	if (!set->watched) {
-		set->watched = true;
-		for (uint32_t i = 0; i < bells; i++)
-			km_bell_arm(set->bell[i]);
-	}
+	arm_for_good(set, bells);
 	km_unlock(&set->lock, how);
 }
