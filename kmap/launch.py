@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from kmap import native, settings
+from kmap import native, procfs, settings
 from kmap.results import CannotRun, UsageError
 
 # Linkers put the name of a program's loader behind its headers, into the first page.
@@ -33,7 +33,7 @@ def _is_on_musl(command: str) -> bool:
         if path is None:
             return False
         try:
-            with open(path, "rb") as file:
+            with open(procfs.open_regular(path), "rb") as file:
                 head = file.read(_HEAD)
         except OSError:
             return False

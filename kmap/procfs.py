@@ -109,9 +109,10 @@ def has_library(pid: int) -> bool:
         # many connections has many mappings before it, and after it.
         with open(f"/proc/{pid}/maps", "rb", buffering=0) as maps:
             while part := maps.read(_MAPS_PART):
-                if any(name in tail + part for name in names):
+                text = tail + part
+                if any(name in text for name in names):
                     return True
-                tail = part[-longest:]
+                tail = text[-longest:]
     except OSError:
         pass
     return False
@@ -146,7 +147,8 @@ def open_statistics(pid: int) -> tuple[StatisticsFile, ...]:
     return _descriptors(pid)[1]
 
 
-def _open(path: str) -> int:
+def open_regular(path: str) -> int:
+    """Opens a regular file to be read, and waits for nobody; OSError for others."""
     # Whoever has it open chose what it is: a FIFO would have us wait.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -156,7 +158,7 @@ def _open(path: str) -> int:
 
 
 def _is_statistics(path: str) -> bool:
-    fd = _open(path)
+    fd = open_regular(path)
     try:
         return wire.has_magic(fd)
     finally:
@@ -356,7 +358,7 @@ def tcp_sockets(pid: int) -> list[TcpSocket] | None:
 def open_file(file: StatisticsFile) -> int | None:
     """A descriptor of the memfd; None when its last holder is gone."""
     try:
-        fd = _open(file.path)
+        fd = open_regular(file.path)
     except OSError:
         return None
     status = os.fstat(fd)

@@ -70,6 +70,28 @@ def _controllers() -> Iterator[tuple[str, Path]]:
                         yield "v2", mount
 
 
+def _refused(error: OSError, path: Path) -> CannotRun:
+    return CannotRun(
+        f"{error.filename or path}: {error.strerror}: run this as root, where cgroups "
+        "may be made"
+    )
+
+
+@contextlib.contextmanager
+def _made(mount: Path) -> Iterator[Path]:
+    """A cgroup of this process's own, for as long as it is needed."""
+    group = mount / f"kmap-bench-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        raise _refused(error, group) from error
+    try:
+        yield group
+    finally:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+
+
 @contextlib.contextmanager
 def quota_of_one_cpu() -> Iterator[Path]:
     """A new cgroup that may use one CPU; the file that moves a process into it."""
@@ -80,31 +102,24 @@ def quota_of_one_cpu() -> Iterator[Path]:
             "example with: mount -t cgroup2 none /sys/fs/cgroup"
         )
     version, mount = found
-    group = mount / f"kmap-bench-{os.getpid()}"
     try:
         if version == "v2":
             (mount / "cgroup.subtree_control").write_text("+cpu")
-        group.mkdir()
     except OSError as error:
-        raise CannotRun(
-            f"{error.filename or mount}: {error.strerror}: run this as root, where "
-            "cgroups may be made"
-        ) from error
-    try:
-        if version == "v2":
-            (group / "cpu.max").write_text(f"{_PERIOD_US} {_PERIOD_US}")
-        else:
-            (group / "cpu.cfs_period_us").write_text(str(_PERIOD_US))
-            (group / "cpu.cfs_quota_us").write_text(str(_PERIOD_US))
+        raise _refused(error, mount) from error
+    with _made(mount) as group:
+        try:
+            if version == "v2":
+                (group / "cpu.max").write_text(f"{_PERIOD_US} {_PERIOD_US}")
+            else:
+                (group / "cpu.cfs_period_us").write_text(str(_PERIOD_US))
+                (group / "cpu.cfs_quota_us").write_text(str(_PERIOD_US))
+        except OSError as error:
+            raise CannotRun(
+                f"{error.filename or group}: {error.strerror}: the quota of a cgroup "
+                "cannot be set here; run this as root outside of a container"
+            ) from error
         yield group / "cgroup.procs"
-    except OSError as error:
-        raise CannotRun(
-            f"{error.filename or group}: {error.strerror}: the quota of a cgroup "
-            "cannot be set here; run this as root outside of a container"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            group.rmdir()
 
 
 @contextlib.contextmanager
@@ -117,19 +132,8 @@ def new_group() -> Iterator[Path]:
             "no cgroup hierarchy of version 2 is mounted; mount one, for example with: "
             "mount -t cgroup2 none /sys/fs/cgroup"
         )
-    group = mounts[0] / f"kmap-bench-{os.getpid()}"
-    try:
-        group.mkdir()
-    except OSError as error:
-        raise CannotRun(
-            f"{error.filename}: {error.strerror}: run this as root, where cgroups may "
-            "be made"
-        ) from error
-    try:
+    with _made(mounts[0]) as group:
         yield group
-    finally:
-        with contextlib.suppress(OSError):
-            group.rmdir()
 
 
 def inside(group: Path | None, argv: Sequence[str]) -> list[str]:

@@ -109,7 +109,8 @@ def group_of(frames: Sequence[tuple[str, str]]) -> str:
     if not _in_kernel(where):
         if _COPY_USER.search(symbol):
             return "copy"
-        return "library" if native.PRELOAD_NAME in where else "program"
+        own = any(name in where for name in native.PRELOAD_NAMES)
+        return "library" if own else "program"
     kernel = [symbol for symbol, where in frames if _in_kernel(where)]
     if any(_COPY_KERNEL.search(symbol) for symbol in kernel[:_INNERMOST]):
         return "copy"

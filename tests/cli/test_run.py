@@ -67,6 +67,15 @@ def test_a_program_on_musl_gets_its_library(
     assert done.stdout == f"{native.musl_path()}\n"
 
 
+def test_a_pipe_for_a_command_is_not_waited_for(
+    kernel_env: dict[str, str], tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe", 0o755)
+    done = kmap("run", "--", str(tmp_path / "pipe"), env=kernel_env)
+    assert done.returncode == 126
+    assert "Permission denied" in done.stderr
+
+
 def test_it_becomes_the_program(spawn: Spawn, kernel_env: dict[str, str]) -> None:
     process = spawn(
         [*RUN, "sh", "-c", "echo $$"], env=kernel_env, stdout=subprocess.PIPE
