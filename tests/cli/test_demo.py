@@ -10,8 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from kmap.demo import figures, programs, syscalls
 from kmap.demo.figures import Bodies, Cell, CpuPerRequest, Row, SocketStates
 from kmap.render import render
 from kmap.results import EXIT_CANNOT_RUN, EXIT_OK, EXIT_USAGE, CannotRun
+from tests.cli.peers import wait_until
 
 _DEMO = [sys.executable, "-m", "kmap", "demo"]
 _WAIT_S = 30.0
@@ -95,13 +94,6 @@ def test_short_run(demo_env: dict[str, str], tmp_path: Path) -> None:
     assert "font-face" not in picture
 
 
-def _wait_until(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + _WAIT_S
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.02)
-
-
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
@@ -125,7 +117,7 @@ def test_signal_leaves_nothing(
         family[:] = procfs.descendants(process.pid)
         return {procfs.comm(pid) for pid in family} >= {"envoy", "nginx", "wrk"}
 
-    _wait_until(loaded, "no load was started")
+    wait_until(loaded, "no load was started")
     process.send_signal(number)
     assert process.wait(_WAIT_S) == code
     assert [pid for pid in family if procfs.exists(pid)] == []

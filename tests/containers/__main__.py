@@ -13,7 +13,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ from typing import Any
 from kmap import __version__, native
 from kmap.kubernetes import pods
 from tests.builds import ROOT
+from tests.cli.peers import wait_until
 from tests.containers.provide import BASES
 
 _STARTS_S = 60
-_WAIT_S = 30
 COMPOSE = ROOT / "deploy/compose/compose.yaml"
 # Images that compose.yaml names, and how they start: as their makers' do, Envoy's and
 # nginx's workers as a user of their own.
@@ -67,11 +66,16 @@ class Engine:
             stderr=log,
         )
         try:
-            end = time.monotonic() + _STARTS_S
-            while self.run("docker", "info", check=False).returncode:
-                if engine.poll() is not None or time.monotonic() > end:
-                    sys.exit((self.work / "dockerd.log").read_text()[-4000:])
-                time.sleep(0.5)
+            wait_until(
+                lambda: (
+                    engine.poll() is not None
+                    or not self.run("docker", "info", check=False).returncode
+                ),
+                "the engine answers",
+                _STARTS_S,
+            )
+            if engine.poll() is not None:
+                sys.exit((self.work / "dockerd.log").read_text()[-4000:])
             yield
         finally:
             engine.terminate()
@@ -253,11 +257,13 @@ def compose(engine: Engine) -> None:
     engine.run(*command, "up", "-d", env=where)
     try:
         fetch = ["curl", "-sS", "--max-time", "5", "http://127.0.0.1:10000/"]
-        end = time.monotonic() + _WAIT_S
-        while subprocess.run(fetch, capture_output=True).returncode:
-            if time.monotonic() > end:
-                sys.exit(engine.run(*command, "logs", env=where).stdout[-4000:])
-            time.sleep(0.5)
+        try:
+            wait_until(
+                lambda: not subprocess.run(fetch, capture_output=True).returncode,
+                "an answer",
+            )
+        except AssertionError:
+            sys.exit(engine.run(*command, "logs", env=where).stdout[-4000:])
         for _ in range(300):
             done = subprocess.run(fetch, capture_output=True, text=True, check=True)
             assert done.stdout == "hello from the service\n", done.stdout

@@ -75,6 +75,17 @@ def test_connections_that_stay_longer_are_no_growth() -> None:
     assert _bad(without) == {"fds", "mappings"}
 
 
+def test_connections_that_are_kept_show_at_the_end() -> None:
+    """They are no growth, and not given back."""
+    kept = Held(**{**vars(_BASE), "rows": 5, "fds": 65, "mappings": 125})
+    verdicts = _verdicts(
+        lambda n: {"rows": n // 72, "fds": 60 + n // 72, "mappings": 120 + n // 72},
+        kept,
+    )
+    assert _bad(verdicts) == {"fds"}
+    assert verdicts["fds"].flat
+
+
 def test_growth_until_everything_is_warm_is_no_leak() -> None:
     warm = _verdicts(lambda n: {"pss_kb": 80_000 + min(n, 120) * 200})
     assert _bad(warm) == set()

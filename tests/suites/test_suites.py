@@ -6,13 +6,13 @@ All of them take half an hour; these are short, and use the rings most.
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 
 from kmap import procfs
 from kmap.results import CannotRun
+from tests.cli.peers import wait_until
 from tests.suites import __main__ as suites
 from tests.suites import judge, run
 from tests.suites.judge import Exclusion
@@ -112,10 +112,7 @@ def test_driver_sees_every_way_to_end(python: str, tmp_path: Path) -> None:
     assert "test_f_hang" in ends["test_f_hang"].detail
     assert ends["test_b_fail"].detail == "AssertionError: as it should"
     (child,) = (int(path.read_text()) for path in tmp_path.glob("work/*/child"))
-    deadline = time.monotonic() + 10
-    while procfs.exists(child):
-        assert time.monotonic() < deadline, "a child stayed behind"
-        time.sleep(0.01)
+    wait_until(lambda: not procfs.exists(child), "no child stays behind")
     assert bad.left_out == {"test.test_bad.T.test_g_left_out"}
 
 
