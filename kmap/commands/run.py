@@ -209,13 +209,9 @@ class _Collector:
             for file in procfs.open_statistics(pid):
                 if file.identity in self._fds:
                     continue
-                with contextlib.suppress(OSError):
-                    fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-                    status = os.fstat(fd)
-                    if (status.st_dev, status.st_ino) == file.identity:
-                        self._fds[file.identity] = fd
-                    else:
-                        os.close(fd)
+                fd = procfs.open_file(file)
+                if fd is not None:
+                    self._fds[file.identity] = fd
 
     def totals(self) -> tuple[int, dict[str, int]]:
         """How many processes had statistics, and the sums of their counters."""

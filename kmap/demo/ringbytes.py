@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 from collections.abc import Iterable, Iterator
@@ -29,14 +28,9 @@ class Collector:
             for file in procfs.open_statistics(pid):
                 if file.identity in self._fds:
                     continue
-                with contextlib.suppress(OSError):
-                    fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-                    status = os.fstat(fd)
-                    # The number may have become another file meanwhile.
-                    if (status.st_dev, status.st_ino) == file.identity:
-                        self._fds[file.identity] = fd
-                    else:
-                        os.close(fd)
+                fd = procfs.open_file(file)
+                if fd is not None:
+                    self._fds[file.identity] = fd
 
     def statistics(self) -> Iterator[wire.Statistics]:
         """What each of the processes has or had, as it is now."""

@@ -188,9 +188,8 @@ class WorkerProcess:
         """From the statistics memfd, which is there from the first upgrade on."""
         if self._statistics is None:
             for found in procfs.open_statistics(self.pid):
-                with contextlib.suppress(OSError):
-                    # Held open, so that a dead worker can be asked too.
-                    self._statistics = os.open(found.path, os.O_RDONLY | os.O_CLOEXEC)
+                # Held open, so that a dead worker can be asked too.
+                self._statistics = procfs.open_file(found)
         if self._statistics is None:
             return RingCounts()
         try:

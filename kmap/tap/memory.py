@@ -8,11 +8,14 @@ What the kernel asks for is in docs/tap.md.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import sys
 from dataclasses import dataclass
 from typing import Protocol
+
+from kmap import procfs
 
 HEADER = 4096
 _MAGIC = int.from_bytes(b"KAMPSEG1", "little")
@@ -26,6 +29,14 @@ _SMALLEST, _LARGEST = 4096, 1 << 24
 
 class Gone(Exception):
     """The segment is not there any more."""
+
+
+def keeps_its_size(fd: int) -> bool:
+    """Whether a memfd is sealed against shrinking, which would be a SIGBUS to us.
+
+    Its owner may be anybody.  OSError if it is another kind of file.
+    """
+    return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
 
 
 @dataclass(frozen=True)
@@ -93,16 +104,18 @@ class Mapped:
         # A mapping ends where the file does: at a whole number of pages.
         name = f"/proc/{pid}/map_files/{address:x}-{address + size:x}"
         try:
-            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+            fd = procfs.open_regular(name)
         except PermissionError:
             raise
         except OSError as error:
             # Not mapped there any more, or the process has ended.
             raise Gone from error
         try:
-            if os.fstat(fd).st_size != size:
+            if not keeps_its_size(fd) or os.fstat(fd).st_size != size:
                 raise Gone
             self._map = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+        except OSError as error:
+            raise Gone from error
         finally:
             os.close(fd)
         self._raw = memoryview(self._map)

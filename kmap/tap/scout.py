@@ -44,8 +44,10 @@ class _Looked:
     told: set[tuple[int, int]]
 
 
-def _is_made(path: str) -> bool:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def _is_made(file: procfs.StatisticsFile) -> bool:
+    fd = procfs.open_file(file)
+    if fd is None:
+        return False
     try:
         return wire.is_made(fd)
     finally:
@@ -80,7 +82,7 @@ class _Sweeper:
         if procfs.has_library(pid):
             least = 0.0 if not last.told else _AGAIN_S
             for file in procfs.open_statistics(pid):
-                if file.identity not in last.told and _is_made(file.path):
+                if file.identity not in last.told and _is_made(file):
                     last.told.add(file.identity)
                     self._tell([pid, *file.identity, file.path])
         now = time.monotonic()

@@ -12,7 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kmap import procfs, wire
-from kmap.tap.memory import HEADER, Gone, Mapped, Memory, Remote, geometry
+from kmap.tap.memory import (
+    HEADER,
+    Gone,
+    Mapped,
+    Memory,
+    Remote,
+    geometry,
+    keeps_its_size,
+)
 from kmap.wire import Row, RowState
 
 # Fields of the header and of a row, in 4-byte words.
@@ -71,11 +79,16 @@ class Table:
 
     def __init__(self, file: procfs.StatisticsFile) -> None:
         """Raises OSError, also if it is just being made, or wire.NotStatistics."""
-        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = procfs.open_file(file)
+        if fd is None:
+            raise FileNotFoundError(file.path)
         try:
-            status = os.fstat(fd)
-            if (status.st_dev, status.st_ino) != file.identity or not wire.is_made(fd):
+            if not wire.is_made(fd):
                 raise FileNotFoundError(file.path)
+            if not keeps_its_size(fd):
+                raise wire.NotStatistics("the file may shrink")
+            if os.fstat(fd).st_size % _ROW_SIZE:
+                raise wire.NotStatistics("the file is no whole number of rows")
             wire.read_statistics(fd)
             self._map = mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)
         finally:
