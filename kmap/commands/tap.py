@@ -18,6 +18,7 @@ from typing import BinaryIO
 from rich.console import Console
 
 from kmap import __version__, procfs
+from kmap.columns import printable
 from kmap.render import byte_count, renders
 from kmap.results import (
     EXIT_OK,
@@ -153,7 +154,8 @@ def add_parser(subparsers: SubParsers) -> None:
 
 
 def _tell(text: str) -> None:
-    print(f"kmap tap: {text}", file=sys.stderr, flush=True)
+    # Names of programs are in it, which may be called anything.
+    print(f"kmap tap: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def _check_pid(pid: int) -> None:
