@@ -17,13 +17,6 @@ class Column(NamedTuple):
     right: bool = False
 
 
-def printable(text: str) -> str:
-    """Without control characters: a program chooses its own name."""
-    if text.isprintable():
-        return text
-    return "".join(each if each.isprintable() else "?" for each in text)
-
-
 def lay_out(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[str]:
     """The heading and a line for each row, two blanks between columns."""
     table = [tuple(column.name for column in columns), *rows]

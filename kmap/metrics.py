@@ -21,8 +21,8 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from kmap import __version__, procfs, wire
-from kmap.columns import printable
 from kmap.counters import ProcessCounters, counter_meanings, counters
+from kmap.render import printable
 from kmap.snapshot import Group, Snapshot, look
 
 # Names of programs beyond so many are counted together, as OTHER.

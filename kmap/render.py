@@ -50,6 +50,13 @@ def picture(svg: str) -> str:
     return re.sub(r"@font-face\s*\{[^}]*\}", "", svg)
 
 
+def printable(text: str) -> str:
+    """On one line and without control characters: a program chooses its own name."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
 def byte_count(count: int | None) -> str:
     """A count of bytes as people read it; empty when it is not known."""
     if count is None:

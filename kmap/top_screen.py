@@ -14,10 +14,10 @@ from textual.binding import Binding, BindingType
 from textual.pilot import Pilot
 from textual.widgets import DataTable, Footer, Static
 
-from kmap.columns import Column, printable
+from kmap.columns import Column
 from kmap.commands.top import COLUMNS, cells
 from kmap.load import ConnectionLoad, Load, Meter, ProcessLoad
-from kmap.render import byte_count
+from kmap.render import byte_count, printable
 from kmap.render import picture as without_fonts
 
 # A screen of more is of no use, and takes long to draw.

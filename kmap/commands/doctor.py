@@ -11,8 +11,7 @@ from rich.text import Text
 
 from kmap.doctor import host, process, program
 from kmap.doctor.check import Check, State, worst
-from kmap.policy.rules import printable
-from kmap.render import renders
+from kmap.render import printable, renders
 from kmap.results import (
     EXIT_FAILED,
     EXIT_OK,

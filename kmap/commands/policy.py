@@ -12,9 +12,9 @@ from rich.console import Console
 
 from kmap.policy import arguments, source
 from kmap.policy.derive import Left
-from kmap.policy.rules import DENY, Policy, printable
+from kmap.policy.rules import DENY, Policy
 from kmap.policy.words import in_words
-from kmap.render import renders
+from kmap.render import printable, renders
 from kmap.results import (
     EXIT_OK,
     CommandFailed,

@@ -15,10 +15,10 @@ from rich.live import Live
 from rich.text import Text
 
 from kmap import filters
-from kmap.columns import Column, color_system, lay_out, printable
+from kmap.columns import Column, color_system, lay_out
 from kmap.load import Meter, Rates
 from kmap.progress import orderly_end
-from kmap.render import byte_count, renders
+from kmap.render import byte_count, printable, renders
 from kmap.results import (
     EXIT_OK,
     JsonObject,

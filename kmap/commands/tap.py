@@ -18,8 +18,7 @@ from typing import BinaryIO
 from rich.console import Console
 
 from kmap import __version__, procfs
-from kmap.columns import printable
-from kmap.render import byte_count, renders
+from kmap.render import byte_count, printable, renders
 from kmap.results import (
     EXIT_OK,
     CannotRun,

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from kmap.columns import Column, lay_out, printable
+from kmap.columns import Column, lay_out
 from kmap.load import Load, Meter, ProcessLoad
-from kmap.render import byte_count, count, renders
+from kmap.render import byte_count, count, printable, renders
 from kmap.results import (
     EXIT_OK,
     CannotRun,

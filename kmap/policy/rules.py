@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from kmap import native
 from kmap.policy.tree import Node, PolicyError, parse_yaml
+from kmap.render import printable
 
 ALLOW = "allow"
 DENY = "deny"
@@ -61,11 +62,6 @@ class Policy:
         text = "".join(f"{line}\n" for line in self.lines(comments=comments))
         check(text, "the rules made")
         return text
-
-
-def printable(text: str) -> str:
-    """The text on one line, whatever bytes a name was made of."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def check(text: str, label: str, *, line: int | None = None) -> None:
