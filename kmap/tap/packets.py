@@ -36,8 +36,12 @@ def _ones_complement(raw: bytes) -> int:
 
 
 def checksum(*parts: bytes) -> int:
-    """The Internet checksum (RFC 1071); every part but the last has an even length."""
-    return 0xFFFF - sum(map(_ones_complement, parts)) % 0xFFFF
+    """The Internet checksum (RFC 1071); every part but the last has an even length.
+
+    Never 0xFFFF: a sum that is zero is -0 in one's complement when its words are not
+    all zero, as those of a header never are, and 0 is what RFC 1624 asks for then.
+    """
+    return -sum(map(_ones_complement, parts)) % 0xFFFF
 
 
 def packet(
