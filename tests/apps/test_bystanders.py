@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kmap import procfs
 from kmap.demo import programs
 from kmap.results import CannotRun
 from tests.apps.process import Launch, Ports, Program, find_program
@@ -282,10 +283,7 @@ def bootstrap(admin: int, port: int) -> str:
 
 def open_files(program: Program) -> Counter[str]:
     """What the program has open, by kind."""
-    names: Counter[str] = Counter()
-    for fd in os.listdir(f"/proc/{program.pid}/fd"):
-        names[shape(os.readlink(f"/proc/{program.pid}/fd/{fd}"))] += 1
-    return names
+    return Counter(map(shape, procfs.links(program.pid).values()))
 
 
 def test_envoy_validates(
