@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from kmap import native
+from kmap import native, procfs
 from tests.cli.peers import KMAP, Peers, Spawn, kmap, kmap_json, start, wait_until
 
 PIPES = pytest.mark.parametrize("transport", ["pipe", "fifo"])
@@ -42,12 +42,11 @@ def _rows(peers: Peers, env: Mapping[str, str]) -> list[dict[str, Any]]:
 
 def _pipes(pid: int) -> list[str]:
     """Pipes and FIFOs that it has open, beside standard streams."""
-    found = []
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        path = f"/proc/{pid}/fd/{name}"
-        if int(name) > 2 and os.path.exists(path) and Path(path).is_fifo():
-            found.append(os.readlink(path))
-    return found
+    return [
+        link
+        for fd, link in procfs.links(pid).items()
+        if fd > 2 and Path(f"/proc/{pid}/fd/{fd}").is_fifo()
+    ]
 
 
 @PIPES

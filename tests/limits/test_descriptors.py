@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kmap import snapshot
+from kmap import procfs, snapshot
 from tests.limits.crowd import Spawn
 
 PROGRAM = Path(__file__).parent / "programs" / "descriptors.py"
@@ -41,19 +41,13 @@ def run(
     }
     by_inode = {
         int(link[8:-1]): shown.get(fd, ("", ""))
-        for fd, link in links(process.pid).items()
+        for fd, link in procfs.links(process.pid).items()
         if link.startswith("socket:[")
     }
     states = {name: {by_inode[i] for i in got.pop(name)} for name in CONNECTIONS}
     process.stdin.close()
     assert process.wait() == 0
     return got, states
-
-
-def links(pid: int) -> dict[int, str]:
-    """What is open, by number."""
-    directory = Path(f"/proc/{pid}/fd")
-    return {int(entry.name): str(entry.readlink()) for entry in directory.iterdir()}
 
 
 @pytest.mark.parametrize("order", ORDERS)
