@@ -10,6 +10,7 @@
 #include <sys/prctl.h>
 
 #include "base/fault.h"
+#include "base/fault_point.h"
 #include "fd/file.h"
 
 #define ROWS 65536u
@@ -153,20 +154,23 @@ struct km_conn *km_conn_new(enum km_reason *reason)
 void km_conn_free(struct km_conn *conn)
 {
 	enum km_lock_result how = km_lock(&km_proc.table_lock);
+	/* In a forked child the row may be the parent's, who takes it when it is free. */
+	const struct km_stats_row last = conn->row;
 
-	km_add_relaxed(&km_proc.counters[KM_COUNT_RING_RX_BYTES],
-		       conn->row.ring_rx_bytes);
-	km_add_relaxed(&km_proc.counters[KM_COUNT_RING_TX_BYTES],
-		       conn->row.ring_tx_bytes);
-	km_add_relaxed(&km_proc.counters[KM_COUNT_KERNEL_RX_BYTES],
-		       conn->row.kernel_rx_bytes);
-	km_add_relaxed(&km_proc.counters[KM_COUNT_KERNEL_TX_BYTES],
-		       conn->row.kernel_tx_bytes);
 	if (table && conn == row_at(table, conn->index)) {
 		conn->next_free = free_rows;
 		free_rows = conn->index + 1;
 	}
 	conn->row.state = KM_ROW_FREE;
+	/* Who reads the counters first, and then the rows, finds no byte in both. */
+	km_fence_seq();
+	KM_FAULT(CLOSE_FREED);
+	km_add_relaxed(&km_proc.counters[KM_COUNT_RING_RX_BYTES], last.ring_rx_bytes);
+	km_add_relaxed(&km_proc.counters[KM_COUNT_RING_TX_BYTES], last.ring_tx_bytes);
+	km_add_relaxed(&km_proc.counters[KM_COUNT_KERNEL_RX_BYTES],
+		       last.kernel_rx_bytes);
+	km_add_relaxed(&km_proc.counters[KM_COUNT_KERNEL_TX_BYTES],
+		       last.kernel_tx_bytes);
 	km_unlock(&km_proc.table_lock, how);
 }
 

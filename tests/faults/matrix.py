@@ -157,6 +157,7 @@ ROWS = (
     Row("close.begin", EOF, ("close.before:1",), delivered=True),
     Row("close.flags", EOF, ("close.before:1",), delivered=True),
     Row("close.kernel", EOF, ("close.after:1",), delivered=True),
+    Row("close.freed", EOF, ("close.after:1",), delivered=True),
     Row("close.done", EOF, ("close.after:1",), delivered=True),
     Row("close.half", EOF, ("shutdown.before:1",), scenario="half", delivered=True),
     Row("close.end", EOF, ("answer.before:1",), scenario="half", actor=False),
