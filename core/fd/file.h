@@ -56,6 +56,9 @@ enum km_phase {
 #define KM_CONN_GIVEN 32u   /* another program may have it: a close here ends nothing */
 #define KM_CONN_URGENT 512u /* urgent data was unread at the peer's cut-over */
 #define KM_CONN_NOSPACE 256u /* the kernel's send buffer was seen full */
+/* TCP_CORK is off in the kernel, and kept here while the stream goes by the ring. */
+#define KM_CONN_CORK_KEPT 1024u
+#define KM_CONN_CORK 2048u /* it is on, for the program */
 /* A process that the library is not in may change O_NONBLOCK. */
 #define KM_CONN_FOREIGN 128u
 

@@ -220,11 +220,28 @@ static void note_option(struct km_file *f, int fd, int name)
 	}
 }
 
+/* Servers switch it on and off with each answer.  What the kernel would refuse is left
+ * for it to do so. */
+static int set_cork(struct km_file *f, int fd, const void *value, socklen_t len)
+{
+	int on;
+
+	if (km_load_acquire(&f->mode) != KM_MODE_CHANNEL || len < sizeof(on) ||
+	    len > INT32_MAX || !km_user_get(&on, value, sizeof(on)))
+		return KM_RETRY;
+	return km_stream_cork(f, fd, on != 0);
+}
+
 KM_EXPORT int setsockopt(int fd, int level, int name, const void *value, socklen_t len)
 {
 	struct km_file *f = km_file_of(fd);
 	int err, late;
 
+	if (f && level == IPPROTO_TCP && name == TCP_CORK) {
+		err = set_cork(f, fd, value, len);
+		if (err != KM_RETRY)
+			return (int)km_result(err);
+	}
 	if (km_unlikely(f && needs_kernel(level, name, &late)) &&
 	    km_file_to_kernel(f, fd, KM_REASON_OPTION, false) < 0 && late)
 		return (int)km_result(late);
@@ -245,6 +262,8 @@ KM_EXPORT int getsockopt(int fd, int level, int name, void *restrict value,
 		if (f && km_file_to_kernel(f, fd, KM_REASON_OPTION, false) < 0)
 			return (int)km_result(-ENOPROTOOPT);
 	}
+	if (level == IPPROTO_TCP && name == TCP_CORK && (f = km_file_of(fd)))
+		km_stream_cork_read(f, fd);
 	return KM_REAL(getsockopt)(fd, level, name, value, len);
 }
 

@@ -110,17 +110,19 @@ KM_INLINE bool km_tx_left_news(const struct km_conn *conn)
 {
 	return km_tx_left(conn) && conn->tx_phase == KM_PHASE_RING;
 }
+/* TCP_CORK is the kernel's again, with the value that the program has set. */
+void km_cork_back(struct km_conn *conn, int fd);
 /* Locks the direction for what follows here; one whose holder died resets the
  * connection. */
 enum km_lock_result km_tx_lock(struct km_conn *conn);
 /* This end stops writing its ring.  False: the consumer has left first, and what it
  * left goes by the kernel now (phase DRAIN). */
-bool km_tx_leave(struct km_conn *conn);
+bool km_tx_leave(struct km_conn *conn, int fd);
 /* The same, for the end of the stream: what a consumer that has not begun to read would
  * find in the ring goes by the kernel, which keeps it when the socket is given away. */
 bool km_tx_leave_for_good(struct km_conn *conn, int fd);
 /* The same, and the stream goes on by the kernel at the present position. */
-bool km_tx_end(struct km_conn *conn);
+bool km_tx_end(struct km_conn *conn, int fd);
 /* In phase DRAIN: sends what the consumer left.  0: done, phase ENDED; -EAGAIN: the
  * kernel takes no more now; -EPROTO; errors of the pipe, as -EBADF in the child of a
  * vfork that cannot know its own any more. */

@@ -10,6 +10,8 @@
  * that the program which gets the descriptor cannot see.
  */
 #include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 
 #include "base/fault_point.h"
 #include "event/event.h"
@@ -44,11 +46,30 @@ enum km_lock_result km_tx_lock(struct km_conn *conn)
 	return how;
 }
 
-bool km_tx_leave(struct km_conn *conn)
+void km_cork_back(struct km_conn *conn, int fd)
+{
+	uint32_t flags = km_load_relaxed(&conn->flags);
+	int on = (flags & KM_CONN_CORK) != 0;
+
+	if (km_likely(!(flags & KM_CONN_CORK_KEPT)))
+		return;
+	if (on)
+		km_sys_setsockopt(fd, IPPROTO_TCP, TCP_CORK, &on, sizeof(on));
+	flags = km_and_seq(&conn->flags, ~(KM_CONN_CORK_KEPT | KM_CONN_CORK));
+	if (on == ((flags & KM_CONN_CORK) != 0))
+		return;
+	/* A signal handler has changed it meanwhile. */
+	on = !on;
+	km_sys_setsockopt(fd, IPPROTO_TCP, TCP_CORK, &on, sizeof(on));
+}
+
+bool km_tx_leave(struct km_conn *conn, int fd)
 {
 	if (conn->tx_phase == KM_PHASE_RING &&
-	    leave(&conn->tx.wire->left, KM_LEFT_PRODUCER) == KM_LEFT_CONSUMER)
+	    leave(&conn->tx.wire->left, KM_LEFT_PRODUCER) == KM_LEFT_CONSUMER) {
 		conn->tx_phase = KM_PHASE_DRAIN;
+		km_cork_back(conn, fd);
+	}
 	return conn->tx_phase != KM_PHASE_DRAIN;
 }
 
@@ -72,18 +93,20 @@ bool km_tx_leave_for_good(struct km_conn *conn, int fd)
 	    km_cas_sync(LEFT, &conn->tx.wire->left, &nobody, KM_LEFT_TAKEN_BACK)) {
 		conn->tx_resend = 1;
 		conn->tx_phase = KM_PHASE_DRAIN;
+		km_cork_back(conn, fd);
 		KM_FAULT(CLOSE_TAKEN);
 	}
-	return km_tx_leave(conn);
+	return km_tx_leave(conn, fd);
 }
 
-bool km_tx_end(struct km_conn *conn)
+bool km_tx_end(struct km_conn *conn, int fd)
 {
 	struct km_wire_ring *wire = conn->tx.wire;
 
-	if (!km_tx_leave(conn))
+	if (!km_tx_leave(conn, fd))
 		return false;
 	if (conn->tx_phase == KM_PHASE_RING) {
+		km_cork_back(conn, fd);
 		km_store_ordered(&wire->end, conn->tx.w);
 		km_store_sync(FLAGS_SET, &wire->pflags,
 			      km_load_relaxed(&wire->pflags) | KM_P_END);
@@ -193,7 +216,7 @@ void km_tx_look(struct km_file *f, struct km_conn *conn, int fd)
 	how = km_tx_lock(conn);
 	if (how == KM_LOCK_NESTED)
 		return;
-	if (f->conn == conn && !km_tx_leave(conn))
+	if (f->conn == conn && !km_tx_leave(conn, fd))
 		n = km_tx_resend(f, conn, fd);
 	km_unlock(&conn->tx_lock, how);
 	if (n == -EPROTO)
@@ -266,7 +289,7 @@ int km_stream_retreat(struct km_file *f, int fd, enum km_reason reason, bool tak
 		return err;
 	tx = km_tx_lock(conn);
 	if (tx != KM_LOCK_NESTED) {
-		err = km_tx_end(conn) ? 0 : km_tx_resend_all(f, conn, fd);
+		err = km_tx_end(conn, fd) ? 0 : km_tx_resend_all(f, conn, fd);
 		if (err == 0)
 			err = leave_rx(conn, fd, take);
 		if (err == 0) {

@@ -72,7 +72,7 @@ bool km_tx_by_kernel(const struct km_conn *conn)
 static void published(struct km_file *f, struct km_conn *conn, int fd)
 {
 	km_tell_consumer(f, conn);
-	if (km_unlikely(km_tx_left(conn)) && !km_tx_leave(conn))
+	if (km_unlikely(km_tx_left(conn)) && !km_tx_leave(conn, fd))
 		km_tx_resend(f, conn, fd);
 	else if (km_unlikely(conn->tx.w - conn->tx.r > conn->tx.size / 2))
 		check_consumer(conn, fd);
@@ -97,7 +97,7 @@ static ssize_t send_ring(struct km_file *f, struct km_conn *conn, int fd,
 	ssize_t n;
 
 	if (km_unlikely(peer_stopped(conn))) {
-		km_tx_end(conn);
+		km_tx_end(conn, fd);
 		return KM_RETRY;
 	}
 	/* A consumer that runs beside this end is told of each piece. */
@@ -113,7 +113,7 @@ static ssize_t send_ring(struct km_file *f, struct km_conn *conn, int fd,
 		return n;
 	KM_FAULT(WRITE_FULL);
 	if (km_tx_left(conn)) {
-		km_tx_leave(conn);
+		km_tx_leave(conn, fd);
 		return KM_RETRY;
 	}
 	km_or_seq(&conn->kernel_bits, km_kernel_poll(fd, POLLRDHUP) & KM_GONE_BITS);
@@ -159,7 +159,7 @@ static ssize_t send_once(struct km_file *f, struct km_conn *conn, int fd,
 		if (km_unlikely(km_load_relaxed(&conn->flags) & KM_CONN_RESET))
 			return -ECONNRESET;
 		if (km_unlikely(flags & MSG_OOB) && conn->tx_phase == KM_PHASE_RING)
-			km_tx_end(conn);
+			km_tx_end(conn, fd);
 		switch ((enum km_phase)conn->tx_phase) {
 		case KM_PHASE_KERNEL:
 			/* A send of nothing has no byte to begin with on the ring. */
@@ -299,7 +299,7 @@ ssize_t km_send_from(struct km_file *f, int fd, int in, off64_t *offset, size_t 
 		return KM_RETRY;
 	if (d.conn->tx_phase == KM_PHASE_RING && km_unlikely(peer_stopped(d.conn)) &&
 	    !(died = km_peer_died(d.conn, km_kernel_fd(f, fd), KM_MSG_MOVED)))
-		km_tx_end(d.conn);
+		km_tx_end(d.conn, km_kernel_fd(f, fd));
 	/* A pipe is filled from a buffer: what sendfile would put there are pages of the
 	 * file, of which fewer bytes may fit. */
 	if (d.conn->tx_phase == KM_PHASE_RING && !died && d.conn->tx.data &&

@@ -4,6 +4,8 @@
 
 #include <errno.h>
 #include <linux/sockios.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 
 #include "base/fault_point.h"
 #include "event/event.h"
@@ -167,6 +169,63 @@ int km_stream_shutdown(struct km_file *f, int fd, int how)
 	if (f->bell)
 		km_bell_kick(f->bell);
 	return 0;
+}
+
+/* Kept from the first time on that the kernel has switched it off: until then it may
+ * hold bytes back, which the peer needs before those of the ring. */
+static int keep_cork(struct km_conn *conn, int fd, bool on)
+{
+	uint32_t flags = km_load_relaxed(&conn->flags);
+	int off = 0, err;
+
+	if (on && (flags & KM_CONN_CORK_KEPT)) {
+		km_or_seq(&conn->flags, KM_CONN_CORK);
+		return 0;
+	}
+	if (flags & KM_CONN_CORK_KEPT) {
+		km_and_seq(&conn->flags, ~KM_CONN_CORK);
+		return 0;
+	}
+	if (on)
+		return KM_RETRY;
+	err = km_sys_setsockopt(fd, IPPROTO_TCP, TCP_CORK, &off, sizeof(off));
+	if (err == 0)
+		km_or_seq(&conn->flags, KM_CONN_CORK_KEPT);
+	return err;
+}
+
+int km_stream_cork(struct km_file *f, int fd, bool on)
+{
+	struct km_side d;
+	int err;
+
+	if (!km_side_enter(f, fd, true, false, &d, &err)) {
+		/* A signal handler, and what it has interrupted looks at the note. */
+		if (err == -EINTR &&
+		    (km_load_relaxed(&f->conn->flags) & KM_CONN_CORK_KEPT))
+			return keep_cork(f->conn, fd, on);
+		return KM_RETRY;
+	}
+	err = KM_RETRY;
+	if (km_load_relaxed(&d.conn->flags) & KM_CONN_FOREIGN)
+		km_cork_back(d.conn, fd);
+	else if (d.conn->tx_phase == KM_PHASE_RING)
+		err = keep_cork(d.conn, fd, on);
+	km_side_leave(&d);
+	return err;
+}
+
+void km_stream_cork_read(struct km_file *f, int fd)
+{
+	struct km_side d;
+	int err;
+
+	if (km_side_enter(f, fd, true, false, &d, &err)) {
+		km_cork_back(d.conn, fd);
+		km_side_leave(&d);
+	} else if (err == -EINTR) {
+		km_cork_back(f->conn, fd);
+	}
 }
 
 bool km_stream_left(const struct km_file *f)

@@ -102,6 +102,12 @@ int km_stream_inq(struct km_file *f, int fd, int *bytes);
 int km_stream_outq(struct km_file *f, int fd, int *bytes);
 int km_stream_shutdown(struct km_file *f, int fd, int how);
 
+/* TCP_CORK, of which a ring takes no notice: 0, it is kept here as long as the stream goes
+ * by the ring; KM_RETRY: it is the kernel's; or the kernel's error. */
+int km_stream_cork(struct km_file *f, int fd, bool on);
+/* Before the kernel is asked for it. */
+void km_stream_cork_read(struct km_file *f, int fd);
+
 /*
  * The connection goes back to the kernel, because its descriptor is given to another
  * program or an option needs it.  May be called by the child of a vfork.  0; -EBUSY:

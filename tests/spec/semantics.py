@@ -79,7 +79,9 @@ SOCKET_OPTIONS: Rows = (
 TCP_OPTIONS: Rows = (
     ("TCP_INFO", "FORWARDED", "The state is right; counts leave out what went by "
      "ring."),
-    ("TCP_NODELAY, TCP_CORK, TCP_QUICKACK", "FORWARDED", "A ring delays nothing."),
+    ("TCP_NODELAY, TCP_QUICKACK", "FORWARDED", "A ring delays nothing."),
+    ("TCP_CORK", "RING", "A ring delays nothing. Once the kernel has switched it off, "
+     "the library keeps it, and hands it back with the stream."),
     ("TCP_NOTSENT_LOWAT", "FORWARDED", "Writable is: a quarter of the ring is free."),
     ("TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT, TCP_USER_TIMEOUT, TCP_LINGER2, "
      "TCP_SYNCNT, TCP_DEFER_ACCEPT, TCP_FASTOPEN, TCP_CONGESTION, TCP_MAXSEG, "

@@ -11,15 +11,19 @@ import select
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import termios
 
 from tests.conformance.kit import (
+    ROUNDS,
     Task,
     assert_on_ring,
     c,
     connected,
     each,
     expect,
+    forked,
     listener,
     number,
     pair,
@@ -27,6 +31,7 @@ from tests.conformance.kit import (
     ping_pong,
     poll_one,
     readable,
+    reap,
     receive,
     receive_pattern,
     until,
@@ -96,6 +101,149 @@ def values_that_are_kept(option: tuple[int, int, int]) -> None:
     ends.b.sendall(bytes(100))
     assert receive(ends.b, 5) == b"there"
     assert receive(ends.a, 100) == bytes(100)
+
+
+def _corked(sock: socket.socket) -> int:
+    return sock.getsockopt(TCP, socket.TCP_CORK)
+
+
+def cork_around_each_answer() -> None:
+    """As servers do it; whenever it is read, it is what was set last."""
+    ends = pair()
+    for turn in range(20):
+        ends.a.setsockopt(TCP, socket.TCP_CORK, 1)
+        ends.a.sendall(pattern(100))
+        if turn % 3 == 1:
+            assert _corked(ends.a) == 1
+        ends.a.sendall(pattern(50, 100))
+        ends.a.setsockopt(TCP, socket.TCP_CORK, 0)
+        assert receive(ends.b, 150) == pattern(150)
+        if turn % 3 == 2:
+            assert _corked(ends.a) == 0
+        assert _corked(ends.b) == 0
+    assert_on_ring(ends.a)
+
+
+@each("here", "there", "urgent", "shutdown")
+def cork_when_the_stream_goes_by_the_kernel(why: str) -> None:
+    for on in (0, 1):
+        ends = pair()
+        for value in (0, 1, on):
+            ends.a.setsockopt(TCP, socket.TCP_CORK, value)
+        ends.a.sendall(b"abc")
+        if why == "urgent":
+            ends.a.send(b"!", socket.MSG_OOB)
+        elif why == "shutdown":
+            ends.a.shutdown(socket.SHUT_WR)
+        else:
+            end = ends.a if why == "here" else ends.b
+            end.setsockopt(SOCKET, SO_TIMESTAMPNS, 1)
+        if why != "shutdown":
+            ends.a.sendall(b"def")
+        assert _corked(ends.a) == on
+        for value in (1, 0):
+            ends.a.setsockopt(TCP, socket.TCP_CORK, value)
+            assert _corked(ends.a) == value
+        expected = b"abc" if why == "shutdown" else b"abcdef"
+        assert receive(ends.b, len(expected)) == expected
+
+
+def cork_of_a_forked_child() -> None:
+    """It is the connection's, whoever sets it."""
+    ends = pair()
+    for value in (0, 1, 0, 1):
+
+        def change(to: int = value) -> None:
+            ends.a.setsockopt(TCP, socket.TCP_CORK, to)
+
+        reap(forked(change))
+        assert _corked(ends.a) == value
+        ends.a.setsockopt(TCP, socket.TCP_CORK, 1 - value)
+        ends.a.sendall(b"abc")
+
+        def child(expected: int = 1 - value) -> None:
+            assert _corked(ends.a) == expected
+
+        reap(forked(child))
+        ends.a.setsockopt(TCP, socket.TCP_CORK, 0)
+        assert receive(ends.b, 3) == b"abc"
+
+
+def cork_of_a_program_that_is_given_the_connection() -> None:
+    ends = pair()
+    for value in (0, 1):
+        ends.a.setsockopt(TCP, socket.TCP_CORK, value)
+    code = (
+        "import socket, sys; given = socket.socket(fileno=int(sys.argv[1])); "
+        "print(given.getsockopt(socket.IPPROTO_TCP, socket.TCP_CORK))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code, str(ends.a.fileno())],
+        pass_fds=[ends.a.fileno()],
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    assert told.stdout == b"1\n"
+    ends.a.sendall(b"abc")
+    ends.a.setsockopt(TCP, socket.TCP_CORK, 0)
+    assert receive(ends.b, 3) == b"abc"
+
+
+def cork_that_is_older_than_the_ring() -> None:
+    """What the kernel has held back goes when it is switched off."""
+    ends = pair(upgraded=False)
+    ends.a.setsockopt(TCP, socket.TCP_CORK, 1)
+    ends.a.sendall(b"abc")
+    for _ in range(ROUNDS):
+        ends.b.sendall(b"x")
+        assert ends.a.recv(1) == b"x"
+    ends.a.sendall(b"def")
+    ends.a.setsockopt(TCP, socket.TCP_CORK, 0)
+    info = ends.a.getsockopt(TCP, socket.TCP_INFO, 148)
+    assert struct.unpack_from("I", info, 144) == (0,)  # tcpi_notsent_bytes
+    assert receive(ends.b, 6) == b"abcdef"
+    upgrade(ends)
+
+
+def cork_in_a_signal_handler() -> None:
+    ends = pair()
+    ends.a.setsockopt(TCP, socket.TCP_CORK, 0)
+    turns: list[int] = []
+
+    def turn(*_: object) -> None:
+        turns.append(len(turns) % 2)
+        ends.a.setsockopt(TCP, socket.TCP_CORK, turns[-1])
+
+    before = signal.signal(signal.SIGALRM, turn)
+    signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+    try:
+        for _ in range(2000):
+            ends.a.sendall(pattern(1000))
+            assert receive(ends.b, 1000) == pattern(1000)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert turns
+    assert _corked(ends.a) == turns[-1]
+
+
+def cork_with_bad_arguments() -> None:
+    ends = pair()
+    for turn in (0, 1):
+        ends.a.setsockopt(TCP, socket.TCP_CORK, turn)
+        fd, name = number(ends.a), socket.TCP_CORK
+        value = ctypes.c_int(1 - turn)
+        assert c("setsockopt", fd, TCP, name, 0, 4)[1] == errno.EFAULT
+        assert c("setsockopt", fd, TCP, name, 1 << 63, 4)[1] == errno.EFAULT
+        for length in (0, 3, -1):
+            _, error = c("setsockopt", fd, TCP, name, ctypes.byref(value), length)
+            assert error == errno.EINVAL, length
+        assert _corked(ends.a) == turn
+        assert c("getsockopt", fd, TCP, name, 0, 0)[1] == errno.EFAULT
+    ends.a.setsockopt(TCP, socket.TCP_CORK, 0)
+    # Anything but zero is on, and more than an int may be told.
+    ends.a.setsockopt(TCP, socket.TCP_CORK, struct.pack("qq", 77, 0))
+    assert _corked(ends.a) == 1
 
 
 def unknown_option() -> None:
