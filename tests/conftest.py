@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from kmap import launch, native
 from kmap.demo import programs
@@ -25,6 +26,17 @@ Spawn = Callable[..., "subprocess.Popen[str]"]
 # Programs under test are started from many directories, and a package found by
 # accident in one of them must not bring other libraries into play.
 os.environ.setdefault("KMAP_LIB_DIR", str(native.library_path().parent))
+
+# A busy machine is no fault of what is tested.  "ci" is the same examples each time.
+for _profile in ("ci", "nightly"):
+    settings.register_profile(
+        _profile,
+        deadline=None,
+        derandomize=_profile == "ci",
+        print_blob=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

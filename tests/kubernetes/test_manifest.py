@@ -362,7 +362,6 @@ def some_pods(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(
-    deadline=None,
     max_examples=60,
     # Not shrink: with a parser that takes milliseconds it goes on for minutes.
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
