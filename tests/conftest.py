@@ -27,6 +27,10 @@ Spawn = Callable[..., "subprocess.Popen[str]"]
 # accident in one of them must not bring other libraries into play.
 os.environ.setdefault("KMAP_LIB_DIR", str(native.library_path().parent))
 
+# A shell that starts the tests in the background has them, and so the programs that
+# they start, ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # A busy machine is no fault of what is tested.  "ci" is the same examples each time.
 for _profile in ("ci", "nightly"):
     settings.register_profile(

@@ -331,8 +331,7 @@ def test_a_signal_leaves_nothing(
     trace_env: dict[str, str], spawn: Any, number: signal.Signals
 ) -> None:
     process = spawn(
-        # A shell ignores SIGINT for what it starts in the background, us perhaps.
-        ["env", "--default-signal=INT", *_TRACE, "--requests=200"],
+        [*_TRACE, "--requests=200"],
         env=trace_env,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
