@@ -49,18 +49,16 @@ enum km_lock_result km_tx_lock(struct km_conn *conn)
 void km_cork_back(struct km_conn *conn, int fd)
 {
 	uint32_t flags = km_load_relaxed(&conn->flags);
-	int on = (flags & KM_CONN_CORK) != 0;
+	bool done = !(flags & KM_CONN_CORK_KEPT);
 
-	if (km_likely(!(flags & KM_CONN_CORK_KEPT)))
-		return;
-	if (on)
+	/* Again if a signal handler, for which there is no lock, changes it meanwhile. */
+	while (km_unlikely(!done)) {
+		int on = (flags & KM_CONN_CORK) != 0;
+
 		km_sys_setsockopt(fd, IPPROTO_TCP, TCP_CORK, &on, sizeof(on));
-	flags = km_and_seq(&conn->flags, ~(KM_CONN_CORK_KEPT | KM_CONN_CORK));
-	if (on == ((flags & KM_CONN_CORK) != 0))
-		return;
-	/* A signal handler has changed it meanwhile. */
-	on = !on;
-	km_sys_setsockopt(fd, IPPROTO_TCP, TCP_CORK, &on, sizeof(on));
+		done = km_cas_seq(&conn->flags, &flags,
+				  flags & ~(KM_CONN_CORK_KEPT | KM_CONN_CORK));
+	}
 }
 
 bool km_tx_leave(struct km_conn *conn, int fd)

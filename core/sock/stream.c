@@ -178,12 +178,11 @@ static int keep_cork(struct km_conn *conn, int fd, bool on)
 	uint32_t flags = km_load_relaxed(&conn->flags);
 	int off = 0, err;
 
-	if (on && (flags & KM_CONN_CORK_KEPT)) {
-		km_or_seq(&conn->flags, KM_CONN_CORK);
-		return 0;
-	}
 	if (flags & KM_CONN_CORK_KEPT) {
-		km_and_seq(&conn->flags, ~KM_CONN_CORK);
+		if (on)
+			km_or_seq(&conn->flags, KM_CONN_CORK);
+		else
+			km_and_seq(&conn->flags, ~KM_CONN_CORK);
 		return 0;
 	}
 	if (on)
