@@ -63,9 +63,8 @@ def functions() -> tuple[str, ...]:
     return tuple(
         symbol.name
         for symbol in native.symbol_table()
-        if (symbol.class_name == "RING" and symbol.subject in ("BYTES", "READINESS"))
-        # Some options are kept by the library.
-        or symbol.name == "setsockopt"
+        if symbol.class_name == "RING"
+        and symbol.subject in ("BYTES", "READINESS", "OPTIONS")
     )
 
 

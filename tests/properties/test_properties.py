@@ -31,10 +31,7 @@ TOTAL = int(os.environ.get("PROPERTIES_EXAMPLES", PROFILES[PROFILE]))
 def _settings(share: int) -> settings:
     return settings(
         max_examples=TOTAL * share // 100,
-        deadline=None,
-        derandomize=PROFILE == "ci",
         database=None,
-        print_blob=True,
         phases=(Phase.generate,),
         suppress_health_check=list(HealthCheck),
     )
